@@ -1,0 +1,228 @@
+"""How a model is spoken to: chat template, think tags, step boundary and vocabulary, per role.
+
+Owns: turning text into one role's token ids (`ChatFormat`), and finding out how two roles' vocabularies relate.
+Does not know: chains, policies, engines. Imports transformers only when a model's tokenizer is loaded.
+
+Templates strip earlier thinking from assistant messages, so a chain is never rebuilt through one: only the text before
+the reply and the text of a turn change are taken from it, by rendering sentinels and cutting (docs/design.md, section 5).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specreason_batch.types import InvalidInput, Role
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+SYSTEM, USER, REPLY, QUESTION = (f"<<sentinel-{name}-4f1c>>" for name in ("system", "user", "reply", "question"))
+
+
+class VocabularyCase(StrEnum):
+    """How the two roles' token ids relate (docs/design.md, section 5)."""
+
+    same = "same"  # (a) the same ids throughout
+    other_specials = "other_specials"  # (b) the same ordinary ids, other special tokens
+    different = "different"  # (c) another vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """What a user may say about a role's chat format."""
+
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    template: str | None = None  # a Jinja chat template in place of the tokenizer's own
+    template_kwargs: Mapping[str, object] | None = None  # e.g. enable_thinking
+    system_prompt: str | None = None
+
+
+class ChatFormat:
+    """One role's chat format, as token ids.
+
+    Text that a user or a model wrote is always encoded with special-token parsing off: a literal `</think>` in a prompt
+    stays text. Only what the template itself says becomes special tokens.
+    """
+
+    def __init__(self, role: Role, tokenizer: "PreTrainedTokenizerFast", options: ChatOptions, eos_ids: Sequence[int] = ()):
+        """Raises InvalidInput if the tokenizer cannot serve (no chat template, a think tag of several tokens ...)."""
+        self.role = role
+        self.options = options
+        self.tokenizer = tokenizer
+        self._markup: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = _without_added_tokens(self._markup)
+        self.special_ids = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+        self._special_pattern = _alternatives(self.special_ids)
+        self.think_close_id = self._single_special(options.think_close)
+        eos = {*eos_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+        self.end_ids = frozenset(eos)
+        if not self.end_ids:
+            raise InvalidInput(f"{role} model: its tokenizer names no end-of-text token (eos_token)")
+        self._opening = self._render([_user(USER)], system=options.system_prompt is not None)
+        conversation = [_user(USER), {"role": "assistant", "content": REPLY}, _user(QUESTION)]
+        self._turn_change = self._render(conversation).rpartition(REPLY)[2]
+        self._trims = f" {USER} " not in self._render([_user(f" {USER} ")])
+
+    # --- text to ids ---
+
+    def opening_text(self, prompt: str) -> str:
+        """The text before the reply, think tag included, for a person to look at."""
+        return self._fill(self._opening, {USER: prompt, SYSTEM: self.options.system_prompt or ""})
+
+    def opening(self, prompt: str) -> list[int]:
+        """Token ids before the reply, think tag included."""
+        return self._encode(self._opening, {USER: prompt, SYSTEM: self.options.system_prompt or ""})
+
+    def turn_change(self, question: str, reply_opening: str) -> list[int]:
+        """Token ids that end the reply in mid-thought, put a question as the user, and open the next reply.
+
+        `reply_opening` are the words put into the model's mouth; the model continues right after them.
+        """
+        return self._encode(self._turn_change + reply_opening, {QUESTION: question})
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text to ids, no special token recognised."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, special tokens shown, white space untouched."""
+        return str(self._markup.decode(list(ids), skip_special_tokens=False))
+
+    # --- the vocabulary ---
+
+    @cached_property
+    def ordinary_vocabulary(self) -> dict[str, int]:
+        """Entries that are not added tokens, by string."""
+        vocabulary: dict[str, int] = self._markup.get_vocab(with_added_tokens=True)
+        return {entry: id for entry, id in vocabulary.items() if entry not in self.special_ids}
+
+    @cached_property
+    def all_special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values())
+
+    @cached_property
+    def blank_line_ids(self) -> frozenset[int]:
+        """Ordinary entries whose text contains a blank line."""
+        return frozenset(id for id, text in self._entry_texts.items() if "\n\n" in text)
+
+    @cached_property
+    def blank_ids(self) -> frozenset[int]:
+        """Ordinary entries of white space alone."""
+        return frozenset(id for id, text in self._entry_texts.items() if not text.strip())
+
+    @cached_property
+    def max_id(self) -> int:
+        return max(max(self.ordinary_vocabulary.values()), max(self.all_special_ids, default=0))
+
+    @cached_property
+    def _entry_texts(self) -> dict[int, str]:
+        ids = list(self.ordinary_vocabulary.values())
+        texts = self._markup.decode_batch([[id] for id in ids], skip_special_tokens=False)
+        return dict(zip(ids, texts, strict=True))
+
+    # --- the template ---
+
+    def _render(self, messages: list[dict[str, str]], system: bool = False) -> str:
+        if system:
+            messages = [{"role": "system", "content": SYSTEM}, *messages]
+        template = self.options.template or self.tokenizer.chat_template
+        if not template:
+            raise InvalidInput(f"{self.role} model: its tokenizer has no chat template; give one with {self.role}.chat.template")
+        text = str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.options.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(self.options.template_kwargs or {}),
+            )
+        )
+        for sentinel in [message["content"] for message in messages]:
+            if sentinel not in text and sentinel.strip() not in text:
+                raise InvalidInput(f"{self.role} model: its chat template drops the {sentinel.split('-')[1]} turn")
+        if text.rstrip().endswith(self.options.think_open):
+            return text
+        return f"{text}{self.options.think_open}\n"
+
+    def _fill(self, text: str, contents: Mapping[str, str]) -> str:
+        for sentinel, content in contents.items():
+            text = text.replace(sentinel, content.strip() if self._trims else content)
+        return text
+
+    def _encode(self, rendered: str, contents: Mapping[str, str]) -> list[int]:
+        """Special tokens of the rendered template become their ids; the text between them, contents included, is plain."""
+        ids: list[int] = []
+        for piece in self._special_pattern.split(rendered) if self._special_pattern else [rendered]:
+            if piece in self.special_ids:
+                ids.append(self.special_ids[piece])
+            elif piece:
+                ids.extend(self.encode_text(self._fill(piece, contents)))
+        return ids
+
+    def _single_special(self, text: str) -> int:
+        if text in self.special_ids:
+            return self.special_ids[text]
+        ids = self.encode_text(text)
+        if len(ids) != 1:
+            raise InvalidInput(
+                f"{self.role}.chat.think_close: {text!r} is {len(ids)} tokens for this tokenizer; it must be a single one"
+            )
+        return ids[0]
+
+
+def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_code: bool = False) -> ChatFormat:
+    """Load a model folder's tokenizer. Raises InvalidInput naming the folder if there is none, or it cannot serve."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{role}.model: no usable tokenizer in {model!r}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InvalidInput(f"{role}.model: {model!r} has no fast tokenizer (tokenizer.json)")
+    return ChatFormat(role, tokenizer, options, _generation_eos_ids(Path(model)))
+
+
+def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
+    """Which of the three cases holds for a pair, comparing ordinary entries by string."""
+    if draft.ordinary_vocabulary != base.ordinary_vocabulary:
+        return VocabularyCase.different
+    same = draft.special_ids == base.special_ids and draft.end_ids == base.end_ids
+    return VocabularyCase.same if same else VocabularyCase.other_specials
+
+
+def _generation_eos_ids(model: Path) -> list[int]:
+    path = model / "generation_config.json"
+    if not path.is_file():
+        return []
+    eos = json.loads(path.read_text()).get("eos_token_id") or []
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def _without_added_tokens(tokenizer: "Tokenizer") -> "Tokenizer":
+    """The same tokenizer with nothing but its ordinary entries, so that special-token parsing is off altogether."""
+    from tokenizers import Tokenizer
+
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = []
+    spec["post_processor"] = None
+    spec["truncation"] = spec["padding"] = None
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _alternatives(tokens: Mapping[str, int]) -> re.Pattern[str] | None:
+    if not tokens:
+        return None
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
