@@ -104,8 +104,9 @@ class ChatFormat:
         return {entry: id for entry, id in vocabulary.items() if entry not in self.special_ids}
 
     @cached_property
-    def all_special_ids(self) -> frozenset[int]:
-        return frozenset(self.special_ids.values())
+    def marker_ids(self) -> frozenset[int]:
+        """Ids that cannot be part of a step: think tags, end-of-text and every other special token."""
+        return frozenset({*self.special_ids.values(), *self.end_ids, self.think_close_id})
 
     @cached_property
     def blank_line_ids(self) -> frozenset[int]:
@@ -119,7 +120,7 @@ class ChatFormat:
 
     @cached_property
     def max_id(self) -> int:
-        return max(max(self.ordinary_vocabulary.values()), max(self.all_special_ids, default=0))
+        return max(max(self.ordinary_vocabulary.values()), max(self.marker_ids))
 
     @cached_property
     def _entry_texts(self) -> dict[int, str]:

@@ -1,0 +1,43 @@
+"""`python -m jobs.generate`: prompt shards in, chains and steps out. Every choice is in conf/ (docs/design.md, 8)."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from jobs.launch import register_schema, run_job, to_config
+from specreason_batch.config import GenerateConfig
+from specreason_batch.plan import make_plan
+from specreason_batch.progress import Progress
+from specreason_batch.run import StopSignal, probe_engines, run_plan, started_engines
+from specreason_batch.summary import summarise, summary_table
+
+register_schema()
+
+
+def generate(config: GenerateConfig, console: Console) -> None:
+    """The whole job. Raises InvalidInput, Stopped, EngineDead, OSError."""
+    progress = Progress(console, config.log.seconds)
+    plan = make_plan(config)
+    progress.introduce(plan)
+    stop = StopSignal()
+    if not plan.pending:
+        progress.say("nothing to do: every chain is committed")
+    else:
+        with stop.installed(), started_engines(config, plan.policy_spec.roles, progress) as engines:
+            probe_engines(plan, engines, progress)
+            with progress.running():
+                run_plan(plan, engines, progress, stop)
+    summary = summarise(Path(config.output_dir))
+    if summary is not None:
+        console.print(summary_table(summary, f"{config.output_dir} ({config.policy.name})"))
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="generate")
+def main(composed: DictConfig) -> None:
+    run_job(lambda console: generate(to_config(composed), console))
+
+
+if __name__ == "__main__":
+    main()

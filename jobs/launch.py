@@ -1,0 +1,58 @@
+"""What every job's entry point shares: conversion of the composed configuration, and exit statuses."""
+
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from specreason_batch.config import GenerateConfig
+from specreason_batch.engine import EngineAborted, EngineDead
+from specreason_batch.schedules import Stopped
+from specreason_batch.types import InvalidInput
+
+
+class ExitStatus(IntEnum):
+    """How a job ended (docs/slurm.md)."""
+
+    finished = 0
+    failed = 1  # an engine died, the disk is full ...; what was committed is safe
+    invalid = 2  # configuration or input cannot be used; nothing was started
+    stopped = 75  # a signal: run me again (EX_TEMPFAIL)
+
+
+def register_schema() -> None:
+    """Put the typed schema where conf/ can refer to it."""
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+
+
+def to_config(composed: DictConfig) -> GenerateConfig:
+    """The one conversion; validates. Raises InvalidInput."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise InvalidInput("\n".join(f"{name}: not set; it needs a value" for name in missing))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, GenerateConfig)
+    return config
+
+
+def run_job(job: Callable[[Console], Any]) -> None:
+    """Run a job; a user's mistake ends in one message and a non-zero status, never a traceback."""
+    console = Console(stderr=False)
+    errors = Console(stderr=True)
+    try:
+        job(console)
+    except InvalidInput as error:
+        _leave(errors, f"error: {error}", ExitStatus.invalid)
+    except (Stopped, EngineAborted) as error:
+        _leave(errors, f"stopped: {error}; finished chains are committed; run the same command again", ExitStatus.stopped)
+    except (EngineDead, OSError) as error:
+        _leave(errors, f"failed: {error}; what is committed is safe; run the same command again", ExitStatus.failed)
+
+
+def _leave(console: Console, message: str, status: ExitStatus) -> None:
+    console.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(status)

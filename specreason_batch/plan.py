@@ -1,0 +1,195 @@
+"""Everything that can be known before a model loads: input, output, formats, what is still to do.
+
+Owns: turning a valid configuration into a `Plan`, or refusing it. Does not know: engines.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from specreason_batch.chat import ChatFormat, VocabularyCase, compare_vocabularies, load_chat_format
+from specreason_batch.config import DecodingConfig, GenerateConfig, PolicyConfig
+from specreason_batch.judge import Judge, Question
+from specreason_batch.policies import POLICIES, PolicySpec, Rules
+from specreason_batch.store.manifest import claim_output, file_identity, fingerprint_fields
+from specreason_batch.store.parts import ChainKey, ShardPaths, check_source
+from specreason_batch.store.prompts import PromptShard, Reject, list_shards
+from specreason_batch.store.reading import acceptance_rate, rejected_prompt_ids
+from specreason_batch.translator import Decoding, Translator, Voice
+from specreason_batch.types import Chain, InvalidInput, Policy, Prompt, Role
+
+
+@dataclass(slots=True)
+class ShardPlan:
+    """One shard's part of the work."""
+
+    shard: PromptShard
+    paths: ShardPaths
+    source: str  # identity of the input file
+    done: set[ChainKey]
+    num_chains: int  # to be made in all, counting rows that may turn out unusable
+
+    @property
+    def num_done(self) -> int:
+        return len(self.done)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A run that is known to be good as far as that can be known without models."""
+
+    config: GenerateConfig
+    policy_spec: PolicySpec
+    policy: Policy
+    formats: dict[Role, ChatFormat]
+    vocabulary_case: VocabularyCase | None  # None: one model only
+    judge: Judge | None
+    translator: Translator
+    fingerprint: str
+    pending: list[ShardPlan]
+    finished: list[ShardPlan]
+
+    @property
+    def num_chains(self) -> int:
+        return sum(shard.num_chains for shard in [*self.pending, *self.finished])
+
+    @property
+    def num_done(self) -> int:
+        return sum(shard.num_done for shard in [*self.pending, *self.finished])
+
+    def first_prompt(self) -> Prompt | None:
+        """The first usable prompt, for a person to look at."""
+        for shard in [*self.pending, *self.finished]:
+            found = next((item for item in shard.shard.prompts() if isinstance(item, Prompt)), None)
+            if found:
+                return found
+        return None
+
+
+def make_plan(config: GenerateConfig) -> Plan:
+    """Check everything and claim the output folder. Raises InvalidInput naming what cannot be used."""
+    shards = [PromptShard.open(path) for path in _selected(list_shards(config.input.path), config.input.shard)]
+    spec = POLICIES[config.policy.name]
+    rules = _rules(config.policy)
+    config.policy.accept_rate = rules.accept_rate if config.policy.name == "random" else None
+    formats = {role: _load_format(config, role) for role in Role if role in spec.roles}
+    case = _vocabulary_case(formats)
+    judge = Judge(_question(config), formats[Role.base]) if spec.grades else None
+    translator = _translator(config, formats, judge)
+    output_dir = Path(config.output_dir)
+    fingerprint = claim_output(output_dir, fingerprint_fields(config, spec.roles), config)
+    plans = [_shard_plan(shard, output_dir, config) for shard in shards]
+    pending = [plan for plan in plans if _has_work(plan, config)]
+    finished = [plan for plan in plans if plan not in pending]
+    policy = partial(spec.coroutine, rules=rules)
+    return Plan(config, spec, policy, formats, case, judge, translator, fingerprint, pending, finished)
+
+
+def open_chains(plan: Plan, shard: ShardPlan, rejects: list[Reject]) -> Iterator[Chain]:
+    """The shard's chains that are not done yet, in order; unusable rows are appended to `rejects`."""
+    for item in shard.shard.prompts(plan.config.limit):
+        if isinstance(item, Reject):
+            rejects.append(item)
+            continue
+        for sample_index in range(plan.config.samples_per_prompt):
+            if (item.prompt_id, sample_index) in shard.done:
+                continue
+            try:
+                yield plan.translator.open(item, sample_index)
+            except InvalidInput as error:
+                rejects.append(_prompt_reject(item, shard, str(error)))
+                break
+
+
+def _prompt_reject(prompt: Prompt, shard: ShardPlan, reason: str) -> Reject:
+    return Reject(
+        prompt_id=prompt.prompt_id, sample_index=None, file=shard.shard.path.name, row=prompt.row, reason=reason
+    )
+
+
+def _selected(shards: Sequence[Path], index: int | None) -> list[Path]:
+    if index is None:
+        return list(shards)
+    if index >= len(shards):
+        raise InvalidInput(f"input.shard: {index} is out of range; allowed: 0 to {len(shards) - 1}")
+    return [shards[index]]
+
+
+def _rules(policy: PolicyConfig) -> Rules:
+    rate = policy.accept_rate
+    if policy.name == "random" and rate is None:
+        assert policy.match_run is not None
+        rate = acceptance_rate(Path(policy.match_run))
+    return Rules(
+        threshold=policy.threshold,
+        first_n_base_steps=policy.first_n_base_steps,
+        accept_rate=0.0 if rate is None else rate,
+        answer_role=policy.answer_role,
+    )
+
+
+def _load_format(config: GenerateConfig, role: Role) -> ChatFormat:
+    engine = config.engine(role)
+    return load_chat_format(role, engine.model, engine.chat.options(), engine.trust_remote_code)
+
+
+def _vocabulary_case(formats: dict[Role, ChatFormat]) -> VocabularyCase | None:
+    if len(formats) < 2:
+        return None
+    case = compare_vocabularies(formats[Role.draft], formats[Role.base])
+    if case is VocabularyCase.different:
+        raise InvalidInput(
+            "draft.model, base.model: their tokenizers have different vocabularies; allowed so far: the same ordinary "
+            "entries with the same ids (special tokens may differ)"
+        )
+    return case
+
+
+def _question(config: GenerateConfig) -> Question:
+    judge = config.judge
+    return Question(
+        question=judge.question,
+        reply_opening=judge.reply_opening,
+        reading=judge.reading,
+        mass_floor=judge.mass_floor,
+        labels=tuple(judge.labels),
+    )
+
+
+def _translator(config: GenerateConfig, formats: dict[Role, ChatFormat], judge: Judge | None) -> Translator:
+    voices = {
+        role: Voice(
+            format=chat,
+            window=config.engine(role).max_model_len,
+            steps=_decoding(config.sampling.draft if role is Role.draft else config.sampling.base),
+            answers=_decoding(config.sampling.answer),
+        )
+        for role, chat in formats.items()
+    }
+    return Translator(
+        voices, judge, config.budgets.limits(), config.budgets.max_answer_tokens, config.seed, config.seeded
+    )
+
+
+def _decoding(config: DecodingConfig) -> Decoding:
+    return Decoding(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
+
+
+def _shard_plan(shard: PromptShard, output_dir: Path, config: GenerateConfig) -> ShardPlan:
+    paths = ShardPaths(output_dir / shard.name)
+    source = file_identity(shard.path)
+    check_source(paths, source)
+    rows = min(shard.num_rows, config.limit or shard.num_rows)
+    return ShardPlan(shard, paths, source, paths.done_keys(), rows * config.samples_per_prompt)
+
+
+def _has_work(plan: ShardPlan, config: GenerateConfig) -> bool:
+    """Whether any chain is neither done nor known to be impossible."""
+    rejected = rejected_prompt_ids(plan.paths)
+    return any(
+        (prompt.prompt_id, sample_index) not in plan.done
+        for prompt in plan.shard.prompts(config.limit)
+        if isinstance(prompt, Prompt) and prompt.prompt_id not in rejected
+        for sample_index in range(config.samples_per_prompt)
+    )

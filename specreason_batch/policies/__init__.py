@@ -1,0 +1,31 @@
+"""Policies: one coroutine a file, each the whole method for one chain. No I/O, no batching, no configuration files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from specreason_batch.policies.base_only import base_only
+from specreason_batch.policies.draft_only import draft_only
+from specreason_batch.policies.random import random
+from specreason_batch.policies.rules import Rules
+from specreason_batch.policies.specreason import specreason
+from specreason_batch.types import Chain, Coroutine, Role
+
+BOTH = frozenset(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """A policy and what it needs."""
+
+    coroutine: Callable[[Chain, Rules], Coroutine]
+    roles: frozenset[Role]  # the engines that it asks for steps
+    grades: bool = False
+    free_running: bool = False  # always without barriers, whatever the schedule
+
+
+POLICIES: dict[str, PolicySpec] = {
+    "specreason": PolicySpec(specreason, BOTH, grades=True),
+    "random": PolicySpec(random, BOTH),
+    "base_only": PolicySpec(base_only, frozenset({Role.base}), free_running=True),
+    "draft_only": PolicySpec(draft_only, frozenset({Role.draft}), free_running=True),
+}

@@ -1,0 +1,10 @@
+"""The draft alone, step by step: the other end of the comparison."""
+
+from specreason_batch.policies.rules import Rules
+from specreason_batch.types import Chain, Coroutine, Role, Write, WriteAnswer
+
+
+def draft_only(chain: Chain, rules: Rules) -> Coroutine:
+    while chain.is_thinking:
+        chain.append((yield Write(Role.draft)))
+    chain.answer = yield WriteAnswer(rules.answer_role)

@@ -1,0 +1,40 @@
+"""Continuous: no barriers. A chain's next request enters its engine as soon as its last one has ended.
+
+The baselines run here, so that none is held back by lockstep's waiting.
+"""
+
+import time
+from collections.abc import Iterator
+
+from specreason_batch.schedules.driver import POLL_SECONDS, Driver, Walk
+from specreason_batch.types import Chain, Role, RoundReport
+
+SLICE_SECONDS = 1.0  # one `rounds` row stands for about this long
+SHARED_POLL_SECONDS = 0.002  # a wait on one engine while the other has work too
+
+
+def continuous(driver: Driver, chains: Iterator[Chain], active_size: int) -> Iterator[RoundReport]:
+    """Run all chains, at most `active_size` at a time; yields a report for every slice of time."""
+    active: list[Walk] = []
+    driver.submit(driver.refill(active, chains, active_size))
+    while active:
+        driver.begin_round(active)
+        began = time.monotonic()
+        finished: list[Chain] = []
+        while active and time.monotonic() - began < SLICE_SECONDS:
+            driver.submit([walk for walk in _poll_all(driver) if not walk.is_over])
+            finished += driver.finish(active)
+            driver.submit(driver.refill(active, chains, active_size))
+        driver.stats.seconds = time.monotonic() - began
+        yield RoundReport(driver.stats, finished)
+
+
+def _poll_all(driver: Driver) -> list[Walk]:
+    """One poll of each engine that has work; the walks that moved on."""
+    busy = [role for role, engine in driver.engines.items() if engine.num_outstanding]
+    began = time.monotonic()
+    moved = [walk for role in busy for walk in driver.take(role, SHARED_POLL_SECONDS if len(busy) > 1 else POLL_SECONDS)]
+    seconds = time.monotonic() - began
+    driver.stats.draft_busy_seconds += seconds * (Role.draft in busy)
+    driver.stats.base_busy_seconds += seconds * (Role.base in busy)
+    return moved

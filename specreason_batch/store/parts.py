@@ -1,0 +1,157 @@
+"""One shard's output: parts committed as chains finish (docs/design.md, section 6).
+
+A part's steps (and rejects) are committed before its chains, under one part id. The committed chains file is the only
+marker that its chains are done; a steps file without it is not output, and the next attempt removes it.
+"""
+
+import os
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from specreason_batch.store.prompts import Reject
+from specreason_batch.store.schemas import REJECTS, ROUNDS, SCHEMA_VERSION, STEPS
+from specreason_batch.types import InvalidInput
+
+ChainKey = tuple[str, int]
+
+
+def commit_table(table: pa.Table, path: Path) -> None:
+    """Write under a unique temporary name in the same folder, flush to disk, rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPaths:
+    """Where one shard's output lies."""
+
+    root: Path
+
+    def file(self, kind: str, part: str) -> Path:
+        return self.root / kind / f"{part}.parquet"
+
+    def parts(self, kind: str) -> list[str]:
+        """Ids of this kind's files in order, committed or not."""
+        return sorted(path.stem for path in (self.root / kind).glob("part-*.parquet"))
+
+    def committed(self, kind: str) -> list[Path]:
+        """This kind's files that count as output: those whose chains file is there."""
+        return [self.file(kind, part) for part in self.parts("chains") if self.file(kind, part).is_file()]
+
+    def remove_uncommitted(self) -> int:
+        """Remove what an interrupted attempt left: steps and rejects without chains, temporary files."""
+        done = set(self.parts("chains"))
+        left = [self.file(kind, part) for kind in ("steps", "rejects") for part in self.parts(kind) if part not in done]
+        left += list(self.root.glob("*/.*.tmp"))
+        for path in left:
+            path.unlink()
+        return len(left)
+
+    def done_keys(self) -> set[ChainKey]:
+        """(prompt_id, sample_index) of every committed chain."""
+        keys: set[ChainKey] = set()
+        for path in self.committed("chains"):
+            table = pq.read_table(path, columns=["prompt_id", "sample_index"])
+            keys.update(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+        return keys
+
+    def source_identities(self) -> set[str]:
+        """The input identities that the committed parts were made from."""
+        metadata = [pq.read_schema(path).metadata or {} for path in self.committed("chains")]
+        return {found[b"source"].decode() for found in metadata if b"source" in found}
+
+
+@dataclass(slots=True)
+class ShardWriter:
+    """Collects finished chains and commits them as parts."""
+
+    paths: ShardPaths
+    chains_schema: pa.Schema
+    metadata: dict[str, str]  # put into every file: fingerprint, source ...
+    chains_per_part: int
+    seconds_per_part: float
+    _chains: list[dict[str, Any]] = field(default_factory=list)
+    _steps: list[dict[str, Any]] = field(default_factory=list)
+    _rounds: list[dict[str, Any]] = field(default_factory=list)
+    _rejects: list[Reject] = field(default_factory=list)
+    _opened: float = field(default_factory=time.monotonic)
+    _attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    def add_chain(self, chain: dict[str, Any], steps: list[dict[str, Any]], reject: Reject | None = None) -> None:
+        self._chains.append(chain)
+        self._steps.extend(steps)
+        if reject:
+            self._rejects.append(reject)
+
+    def add_round(self, row: dict[str, Any]) -> None:
+        self._rounds.append(row)
+
+    def commit_if_due(self) -> None:
+        """Close the part at its size or its age."""
+        old = time.monotonic() - self._opened >= self.seconds_per_part
+        if len(self._chains) >= self.chains_per_part or (old and self._chains):
+            self.commit()
+
+    def commit(self) -> None:
+        """Close the part: rejects and steps first, the chains last; telemetry beside them."""
+        part = f"part-{self._next_number():05d}-{self._attempt}"
+        if self._chains:
+            if self._rejects:
+                self._write("rejects", part, [reject.as_row() for reject in self._rejects], REJECTS)
+            self._write("steps", part, self._steps, STEPS)
+            self._write("chains", part, self._chains, self.chains_schema)
+        if self._rounds:
+            self._write("rounds", part, self._rounds, ROUNDS)
+        self._chains, self._steps, self._rounds, self._rejects = [], [], [], []
+        self._opened = time.monotonic()
+
+    def write_input_rejects(self, rejects: list[Reject]) -> None:
+        """The shard's unusable rows: the same at every attempt, so the file is simply put in place."""
+        path = self.paths.file("rejects", "input")
+        if rejects:
+            self._write("rejects", "input", [reject.as_row() for reject in rejects], REJECTS)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _next_number(self) -> int:
+        numbers = [int(part.split("-")[1]) for kind in ("chains", "rounds") for part in self.paths.parts(kind)]
+        return max(numbers, default=-1) + 1
+
+    def _write(self, kind: str, part: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+        metadata = self.metadata | {"schema_version": SCHEMA_VERSION, "kind": kind}
+        table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
+        commit_table(table, self.paths.file(kind, part))
+
+
+def check_source(paths: ShardPaths, identity: str) -> None:
+    """Raises InvalidInput if committed parts were made from another content of the input shard."""
+    if others := paths.source_identities() - {identity}:
+        raise InvalidInput(
+            f"{paths.root}: its output was made from another content of this input shard "
+            f"({sorted(others)[0]}, now {identity}); use another output_dir"
+        )

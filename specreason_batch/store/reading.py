@@ -1,0 +1,46 @@
+"""Readers of what was written: only committed parts, lazily."""
+
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from specreason_batch.store.parts import ShardPaths
+from specreason_batch.types import InvalidInput
+
+
+def shard_paths(output_dir: Path) -> list[ShardPaths]:
+    """Every shard's output under a run's folder, in name order."""
+    return [ShardPaths(folder.parent) for folder in sorted(output_dir.glob("*/chains"))]
+
+
+def scan(output_dir: Path, kind: str) -> pl.LazyFrame | None:
+    """All committed rows of `chains`, `steps` or `rounds`; None if there are none."""
+    files = [path for shard in shard_paths(output_dir) for path in _files(shard, kind)]
+    if not files:
+        return None
+    return pl.scan_parquet(files, missing_columns="insert", extra_columns="ignore")
+
+
+def _files(shard: ShardPaths, kind: str) -> list[Path]:
+    if kind == "rounds":  # telemetry: not tied to a part
+        return [shard.file(kind, part) for part in shard.parts(kind)]
+    return shard.committed(kind)
+
+
+def rejected_prompt_ids(paths: ShardPaths) -> set[str]:
+    """Ids of input rows that were found unusable as a whole."""
+    path = paths.file("rejects", "input")
+    if not path.is_file():
+        return set()
+    return {id for id in pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist() if id is not None}
+
+
+def acceptance_rate(output_dir: Path) -> float:
+    """Accepted steps by graded steps of a finished run. Raises InvalidInput if it graded none."""
+    steps = scan(output_dir, "steps")
+    graded = steps.filter(pl.col("accepted").is_not_null()) if steps is not None else None
+    rate = graded.select(pl.col("accepted").mean()).collect().item() if graded is not None else None
+    if rate is None:
+        raise InvalidInput(f"policy.match_run: {str(output_dir)!r} holds no graded steps")
+    return float(rate)

@@ -1,0 +1,127 @@
+"""The closing table: what a run's committed output says, figure by figure. Reads files only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from rich.table import Table
+
+from specreason_batch.answers import is_same_answer
+from specreason_batch.store.reading import scan
+from specreason_batch.types import Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Figures of one run's output, over all its attempts."""
+
+    num_chains: int
+    accuracy: float | None  # right answers by chains with a gold answer; None: no gold answers
+    num_gold: int
+    thinking_ends: dict[str, int]
+    mean_steps: float
+    draft_step_share: float  # kept steps written by the draft
+    acceptance: float | None  # accepted by decided drafts; None: nothing was decided
+    num_graded: int
+    num_unreadable: int
+    mean_digit_mass: float | None
+    tokens: dict[str, int]  # generated, by phase
+    rejected_tokens: int
+    cached_share: float  # of the prompt tokens sent
+    grade_prompt_tokens: int
+    seconds: float  # wall-clock of all rounds
+    phase_seconds: dict[str, float]  # lockstep only
+
+    @property
+    def chains_per_second(self) -> float:
+        return self.num_chains / self.seconds if self.seconds else 0.0
+
+
+def summarise(output_dir: Path) -> Summary | None:
+    """None if no chain is committed yet."""
+    chains, steps, rounds = (scan(output_dir, kind) for kind in ("chains", "steps", "rounds"))
+    if chains is None or steps is None or rounds is None:
+        return None
+    right, gold = _count_right(chains)
+    step = steps.select(
+        count=pl.len(),
+        draft=(pl.col("author") == "draft").mean(),
+        acceptance=pl.col("accepted").mean(),
+        graded=pl.col("digit_mass").count(),
+        unreadable=(pl.col("digit_mass").is_not_null() & pl.col("score").is_null()).sum(),
+        mass=pl.col("digit_mass").mean(),
+        rejected=pl.col("rejected_num_tokens").sum(),
+    ).collect()
+    total = rounds.select(pl.all().exclude("round", "started_at").sum()).collect().row(0, named=True)
+    num_chains = chains.select(pl.len()).collect().item()
+    prompt_tokens = sum(total[f"{phase}_num_prompt_tokens"] for phase in Phase)
+    ends = chains.group_by("thinking_end").len().sort("len", descending=True).collect()
+    return Summary(
+        num_chains=num_chains,
+        accuracy=right / gold if gold else None,
+        num_gold=gold,
+        thinking_ends=dict(ends.iter_rows()),
+        mean_steps=step["count"].item() / num_chains,
+        draft_step_share=step["draft"].item() or 0.0,
+        acceptance=step["acceptance"].item(),
+        num_graded=step["graded"].item(),
+        num_unreadable=step["unreadable"].item(),
+        mean_digit_mass=step["mass"].item(),
+        tokens={phase: total[f"{phase}_num_generated_tokens"] for phase in Phase if phase is not Phase.grade},
+        rejected_tokens=step["rejected"].item(),
+        cached_share=sum(total[f"{phase}_num_cached_tokens"] for phase in Phase) / max(1, prompt_tokens),
+        grade_prompt_tokens=total["grade_num_prompt_tokens"],
+        seconds=total["seconds"],
+        phase_seconds={name: total[f"{name}_seconds"] for name in ("draft", "grade", "rewrite")},
+    )
+
+
+def _count_right(chains: pl.LazyFrame) -> tuple[int, int]:
+    """Right answers, and chains that have a gold answer."""
+    if "gold_answer" not in chains.collect_schema().names():
+        return 0, 0
+    rows = chains.select("answer", "gold_answer").filter(pl.col("gold_answer").is_not_null()).collect()
+    return sum(is_same_answer(answer, gold) for answer, gold in rows.iter_rows()), rows.height
+
+
+def summary_table(summary: Summary, title: str) -> Table:
+    """The figures for a person."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(justify="right", style="dim")
+    table.add_column()
+    for name, value in _lines(summary):
+        table.add_row(name, value)
+    return table
+
+
+def _lines(summary: Summary) -> list[tuple[str, str]]:
+    ends = ", ".join(f"{end} {count}" for end, count in summary.thinking_ends.items())
+    tokens = ", ".join(f"{phase} {count:,}" for phase, count in summary.tokens.items())
+    lines = [
+        ("chains", f"{summary.num_chains:,} ({ends})"),
+        ("accuracy", _accuracy(summary)),
+        ("steps a chain", f"{summary.mean_steps:.1f}, {summary.draft_step_share:.1%} of them by the draft"),
+        ("drafts accepted", "-" if summary.acceptance is None else f"{summary.acceptance:.1%}"),
+        ("tokens generated", f"{tokens}; {summary.rejected_tokens:,} of the draft's rejected"),
+        ("prompt tokens cached", f"{summary.cached_share:.1%}"),
+        ("rounds, wall-clock", f"{summary.seconds:.1f} s, {summary.chains_per_second:.1f} chains/s"),
+    ]
+    if summary.num_graded:
+        lines.insert(4, ("grades", _grades(summary)))
+    if any(summary.phase_seconds.values()):
+        shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phase_seconds.items())
+        lines.append(("by phase", shares))
+    return lines
+
+
+def _accuracy(summary: Summary) -> str:
+    if summary.accuracy is None:
+        return "no gold answers"
+    return f"{summary.accuracy:.1%} of {summary.num_gold:,} with a gold answer (exact match of \\boxed{{}})"
+
+
+def _grades(summary: Summary) -> str:
+    return (
+        f"{summary.num_graded:,}, {summary.num_unreadable:,} unreadable, mean digit mass "
+        f"{summary.mean_digit_mass:.3f}, {summary.grade_prompt_tokens:,} prompt tokens"
+    )

@@ -1,0 +1,246 @@
+"""Between policies and engines: an ask becomes a request, a completion becomes a result, a finished chain becomes text.
+
+Owns: token-level semantics of docs/design.md section 5 (openings, step boundary, grading turn, closing, seeds).
+Does not know: batching, schedules, vLLM, files.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from specreason_batch.chat import ChatFormat
+from specreason_batch.judge import Judge
+from specreason_batch.seeds import stable_seed
+from specreason_batch.types import (
+    AnswerEnd,
+    Ask,
+    Chain,
+    Completion,
+    Context,
+    EndedBy,
+    FinishReason,
+    Grade,
+    GradeOf,
+    InvalidInput,
+    Limits,
+    Prompt,
+    Request,
+    Result,
+    Role,
+    Sampling,
+    Write,
+    WriteAnswer,
+    WrittenAnswer,
+    WrittenStep,
+)
+
+BLANK_LINE = "\n\n"
+_HELD_BACK = "\ufffd"  # what decoding shows for an incomplete character
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How one kind of text is sampled."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def sampling(self, stop_token_ids: Iterable[int], stop_strings: tuple[str, ...] = ()) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop_token_ids=tuple(sorted(stop_token_ids)),
+            stop_strings=stop_strings,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voice:
+    """One role as the translator needs it: how it is spoken to, how long its window is, how it samples."""
+
+    format: ChatFormat
+    window: int  # tokens
+    steps: Decoding
+    answers: Decoding
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingText:
+    """A chain's thinking, and where each step stands in it."""
+
+    text: str
+    spans: list[tuple[int, int]]  # character offsets [start, end) by step
+    num_inner_blank_lines: int  # blank lines that ended no step, being made of several tokens
+
+
+class Translator:
+    """Knows both roles' formats and the judge; holds no state of any chain."""
+
+    def __init__(
+        self,
+        voices: Mapping[Role, Voice],
+        judge: Judge | None,
+        limits: Limits,
+        max_answer_tokens: int,
+        seed: int,
+        seeded: bool = True,
+    ):
+        self._voices = voices
+        self._judge = judge
+        self._limits = limits
+        self._max_answer_tokens = max_answer_tokens
+        self._seed = seed
+        self._seeded = seeded
+        self._reserve = 1 + max_answer_tokens + (len(judge.turn) + 1 if judge else 0)
+        self._step_sampling = {role: _step_sampling(voice) for role, voice in voices.items()}
+        self._answer_sampling = {
+            role: voice.answers.sampling(voice.format.end_ids) for role, voice in voices.items()
+        }
+        self._grade_sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids) if judge else None
+        self._text_format = voices[Role.base if Role.base in voices else Role.draft].format
+
+    def open(self, prompt: Prompt, sample_index: int) -> Chain:
+        """A new chain. Raises InvalidInput if its prompt leaves no room for a single step."""
+        contexts = {role: self._open_context(prompt, role, voice) for role, voice in self._voices.items()}
+        chain_seed = stable_seed(self._seed, prompt.prompt_id, sample_index)
+        chain = Chain(prompt, sample_index, chain_seed, self._limits, contexts)
+        chain.begin()
+        return chain
+
+    def request(self, chain: Chain, ask: Ask, request_id: str) -> Request:
+        """The request that answers this ask. The one list that vLLM wants whole is built here, and nowhere else."""
+        context = chain.contexts[ask.engine].ids
+        match ask:
+            case Write(role=role):
+                prompt, max_tokens, sampling = context[:], chain.max_next_tokens, self._step_sampling[role]
+            case GradeOf(draft=draft):
+                assert self._judge is not None and self._grade_sampling is not None
+                prompt = [*context, *draft.bodies[Role.base], *self._judge.turn]
+                max_tokens, sampling = 1, self._grade_sampling
+            case WriteAnswer(role=role):
+                prompt = [*context, self._voices[role].format.think_close_id]
+                max_tokens, sampling = self._max_answer_tokens, self._answer_sampling[role]
+        seed = self._request_seed(chain, ask) if sampling.temperature > 0 else None
+        return Request(
+            request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, sampling=sampling, seed=seed
+        )
+
+    def result(self, ask: Ask, completion: Completion) -> Result:
+        """What the policy gets for its ask. The completion must be a finished one (stop or length)."""
+        assert completion.finish_reason in (FinishReason.stop, FinishReason.length)
+        match ask:
+            case Write(role=role):
+                return self._read_step(role, completion)
+            case GradeOf():
+                return self._read_grade(completion)
+            case WriteAnswer(role=role):
+                return self._read_answer(role, completion)
+
+    def thinking(self, chain: Chain) -> ThinkingText:
+        """The chain's thinking as text: the concatenated steps decoded, cut at step ends.
+
+        A character whose bytes are split over two steps belongs to the later one. Linear in the chain's length.
+        """
+        bodies = [step.written.token_ids for step in chain.steps]
+        ends, inner, length = [], 0, 0
+        for body, before in zip(bodies, [(), *bodies], strict=False):
+            known = self._decode_whole(before)
+            piece = self._decode_whole((*before, *body))[len(known) :]
+            length += len(piece)
+            ends.append(length)
+            inner += BLANK_LINE in piece.rstrip("\n")
+        text = self._decode(tuple(id for body in bodies for id in body))
+        if ends and ends[-1] != len(text.rstrip(_HELD_BACK)):  # a tokenizer that decodes with more context than one step
+            ends = self._ends_from_prefixes(bodies)
+        if ends:
+            ends[-1] = len(text)
+        return ThinkingText(text, list(zip([0, *ends[:-1]], ends, strict=True)) if ends else [], inner)
+
+    def step_text(self, step: WrittenStep) -> str:
+        return self._decode(step.token_ids)
+
+    def answer_text(self, answer: WrittenAnswer) -> str:
+        return self._voices[answer.role].format.decode(answer.token_ids)
+
+    # --- requests ---
+
+    def _open_context(self, prompt: Prompt, role: Role, voice: Voice) -> Context:
+        context = Context(voice.format.opening(prompt.prompt), voice.window, self._reserve)
+        if context.room <= 0:
+            raise InvalidInput(
+                f"prompt of {len(context.ids)} tokens with {self._reserve} reserved for grade and answer leaves no room "
+                f"in the {role}'s window of {voice.window}"
+            )
+        return context
+
+    def _request_seed(self, chain: Chain, ask: Ask) -> int | None:
+        if not self._seeded:
+            return None
+        candidate = ask.candidate if isinstance(ask, Write) else 0
+        kind = "answer" if isinstance(ask, WriteAnswer) else "step"
+        return stable_seed(chain.seed, len(chain.steps), ask.engine, kind, candidate)
+
+    # --- completions ---
+
+    def _read_step(self, role: Role, completion: Completion) -> WrittenStep:
+        chat = self._voices[role].format
+        ids = completion.token_ids
+        cut = next((index for index, id in enumerate(ids) if id in chat.marker_ids), None)
+        body = ids if cut is None else ids[:cut]
+        return WrittenStep(
+            author=role,
+            ended_by=self._ended_by(chat, completion) if cut is None else _marker_meaning(chat, ids[cut]),
+            bodies=dict.fromkeys(Role, body),
+            num_tokens=len(ids),
+            is_blank=all(id in chat.blank_ids for id in body),
+        )
+
+    def _ended_by(self, chat: ChatFormat, completion: Completion) -> EndedBy:
+        if completion.finish_reason is FinishReason.length and not _ends_blank(chat, completion.token_ids):
+            return EndedBy.max_tokens
+        return EndedBy.blank_line
+
+    def _read_grade(self, completion: Completion) -> Grade:
+        assert self._judge is not None
+        return self._judge.read(completion.logprobs, completion.token_ids[0])
+
+    def _read_answer(self, role: Role, completion: Completion) -> WrittenAnswer:
+        end_ids = self._voices[role].format.end_ids
+        ids = completion.token_ids
+        stopped = completion.finish_reason is FinishReason.stop
+        body = ids[:-1] if stopped and ids and ids[-1] in end_ids else ids
+        return WrittenAnswer(role, body, len(ids), AnswerEnd.stop if stopped else AnswerEnd.length)
+
+    # --- text ---
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._text_format.decode(ids)
+
+    def _decode_whole(self, ids: Sequence[int]) -> str:
+        """Without what is still incomplete at its end."""
+        return self._decode(ids).rstrip(_HELD_BACK)
+
+    def _ends_from_prefixes(self, bodies: list[tuple[int, ...]]) -> list[int]:
+        prefix: tuple[int, ...] = ()
+        ends = []
+        for body in bodies:
+            prefix += body
+            ends.append(len(self._decode_whole(prefix)))
+        return ends
+
+
+def _step_sampling(voice: Voice) -> Sampling:
+    chat = voice.format
+    stops = {chat.think_close_id, *chat.end_ids, *chat.blank_line_ids}
+    return voice.steps.sampling(stops, () if chat.blank_line_ids else (BLANK_LINE,))
+
+
+def _marker_meaning(chat: ChatFormat, id: int) -> EndedBy:
+    if id == chat.think_close_id:
+        return EndedBy.think_close
+    return EndedBy.end_of_text if id in chat.end_ids else EndedBy.special
+
+
+def _ends_blank(chat: ChatFormat, ids: Sequence[int]) -> bool:
+    return bool(ids) and ids[-1] in chat.blank_line_ids

@@ -1,0 +1,253 @@
+"""The Engine protocol over vLLM's offline `LLM`, by its own enqueue and step. The only file that imports vllm.
+
+Owns: everything that is peculiar to vLLM, its traps (docs/vllm.md) and the two platforms.
+Does not know: roles, steps, grades, chains.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from specreason_batch.config import EngineConfig
+from specreason_batch.engine import EngineDead, EngineInfo
+from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Sampling
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+CPU_KV_GIB = 4  # default KV cache of a CPU engine
+CPU_BLOCK_SIZE = 32  # the least that vLLM's CPU attention takes; short blocks mean short re-prefills
+SPECULATIVE_LOGPROBS = 20  # what to ask for where logprob_token_ids does not work
+
+
+class VllmEngine:
+    """One model under vLLM.
+
+    `in_process` engines do their work inside `poll`, one scheduler step a call; others in a process of their own.
+    """
+
+    def __init__(self, config: EngineConfig, cpu_cores: str | None = None, log_level: str = "ERROR"):
+        """Load the model. `cpu_cores`, on a CPU: the cores to bind to, as in "0-3"; None: vLLM's choice.
+
+        Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
+        """
+        _set_environment(config, cpu_cores, log_level)
+        from vllm import LLM
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._refusals = (VLLMValidationError, ValueError)
+        self._deaths = (EngineDeadError,)
+        self._speculative = bool(config.vllm_args.get("speculative_config"))
+        self._timeout = config.engine_timeout_seconds
+        try:
+            self._llm: Any = LLM(**llm_arguments(config))
+        except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+            raise InvalidInput(f"vLLM does not take model {config.model!r} as configured: {error}") from error
+        except RuntimeError as error:
+            raise EngineDead(f"the engine for {config.model!r} died while starting: {error}") from error
+        self._engine: Any = self._llm.llm_engine
+        self._outputs_queue: Any = getattr(self._engine.engine_core, "outputs_queue", None)  # None: in-process
+        self._templates: dict[Sampling, Any] = {}
+        self._outstanding: set[str] = set()
+        self._refused: list[Completion] = []
+        self._last_sign_of_life = time.monotonic()
+        self._closed = False
+        self.info = _read_info(self._engine, config)
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._outstanding) + len(self._refused)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        if not self._outstanding:
+            self._last_sign_of_life = time.monotonic()
+        for request in requests:
+            self._submit_one(request)
+
+    def poll(self, timeout: float) -> list[Completion]:
+        refused, self._refused = self._refused, []
+        if refused or not self._outstanding or not self._output_within(timeout):
+            return refused
+        return [self._completion(output) for output in self._step() if output.request_id in self._outstanding]
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        known = self._outstanding.intersection(request_ids)
+        self._outstanding -= known
+        if known:
+            self._engine.abort_request(list(known))
+
+    def close(self) -> None:
+        """Let the engine go before the interpreter does: at exit it would take seconds and print alarm."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outstanding.clear()
+        self._engine.engine_core.shutdown()
+        del self._llm, self._engine
+
+    # --- requests ---
+
+    def _submit_one(self, request: Request) -> None:
+        if fault := self._fault(request):
+            return self._refuse(request, fault)
+        prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
+        try:
+            self._engine.add_request(request.request_id, prompt, self._parameters(request))
+        except self._deaths as error:
+            raise EngineDead(f"the engine for {self.info.model!r} is dead") from error
+        except self._refusals as error:
+            return self._refuse(request, str(error))
+        self._outstanding.add(request.request_id)
+
+    def _fault(self, request: Request) -> str | None:
+        """What vLLM would accept and then do wrongly: near the window it cuts completions short and says nothing."""
+        if not request.prompt_token_ids or request.max_tokens < 1:
+            return f"{len(request.prompt_token_ids)} prompt tokens, max_tokens {request.max_tokens}: both must be at least 1"
+        needed = len(request.prompt_token_ids) + request.max_tokens
+        if needed > self.info.max_model_len:
+            return f"{needed} tokens do not fit the window of {self.info.max_model_len}"
+        if min(request.prompt_token_ids) < 0:
+            return "a negative token id"
+        return None
+
+    def _refuse(self, request: Request, error: str) -> None:
+        self._refused.append(
+            Completion(
+                request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error
+            )
+        )
+
+    def _parameters(self, request: Request) -> Any:
+        """A shallow copy of the kind's SamplingParams: building one from scratch costs ten times as much."""
+        template = self._templates.get(request.sampling)
+        if template is None:
+            template = self._templates[request.sampling] = self._template(request.sampling)
+        parameters = copy.copy(template)
+        parameters.seed, parameters.max_tokens = request.seed, request.max_tokens
+        return parameters
+
+    def _template(self, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        labels = list(sampling.logprob_token_ids)
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop_strings),
+            include_stop_str_in_output=bool(sampling.stop_strings),
+            detokenize=bool(sampling.stop_strings),
+            logprobs=SPECULATIVE_LOGPROBS if labels and self._speculative else None,
+            logprob_token_ids=labels if labels and not self._speculative else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+    # --- completions ---
+
+    def _output_within(self, timeout: float) -> bool:
+        """Whether `step` has something to return without blocking; in-process it always works a step."""
+        queue = self._outputs_queue
+        if queue is None:
+            return True
+        with queue.not_empty:
+            if queue.queue or queue.not_empty.wait(timeout):
+                return True
+        silent = time.monotonic() - self._last_sign_of_life
+        if silent > self._timeout:
+            raise EngineDead(f"no output of the engine for {self.info.model!r} for {silent:.0f} s")
+        return False
+
+    def _step(self) -> list[Any]:
+        try:
+            outputs: list[Any] = self._engine.step()
+        except self._deaths as error:
+            raise EngineDead(f"the engine for {self.info.model!r} died") from error
+        except Exception as error:
+            self._abandon()
+            raise EngineDead(f"the engine for {self.info.model!r} raised {type(error).__name__}: {error}") from error
+        self._last_sign_of_life = time.monotonic()
+        return [output for output in outputs if output.finished]
+
+    def _abandon(self) -> None:
+        """After an exception the engine still holds its requests: the next completions would be theirs."""
+        outstanding, self._outstanding = list(self._outstanding), set()
+        try:
+            self._engine.abort_request(outstanding)
+        except self._deaths:
+            return  # nothing is left to abort
+
+    def _completion(self, output: Any) -> Completion:
+        self._outstanding.discard(output.request_id)
+        generated = output.outputs[0]
+        first = generated.logprobs[0] if generated.logprobs else {}
+        return Completion(
+            request_id=output.request_id,
+            token_ids=tuple(generated.token_ids),
+            finish_reason=_finish_reason(generated.finish_reason),
+            logprobs={id: entry.logprob for id, entry in first.items()},
+            num_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+
+def llm_arguments(config: EngineConfig) -> dict[str, Any]:
+    """What `vllm.LLM` is given; the configuration's `vllm_args` have the last word."""
+    from vllm.platforms import current_platform
+
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "trust_remote_code": config.trust_remote_code,
+        "block_size": config.block_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "device_ids": config.device_ids,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if current_platform.is_cpu():
+        arguments |= {
+            "block_size": config.block_size or CPU_BLOCK_SIZE,
+            "gpu_memory_utilization": None,
+            "enforce_eager": True,
+            # A seeded request whose prefill is chunked kills the CPU engine.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(config.max_model_len, 8192),
+        }
+    elif config.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = config.kv_cache_gib << 30
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return given | {"disable_log_stats": True} | config.vllm_args
+
+
+def _set_environment(config: EngineConfig, cpu_cores: str | None, log_level: str) -> None:
+    """vLLM reads these when an engine is built, so each engine sets its own before."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
+    os.environ["VLLM_LOGGING_LEVEL"] = log_level
+    if cpu_cores is not None:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cpu_cores
+
+
+def _read_info(engine: Any, config: EngineConfig) -> EngineInfo:
+    import vllm
+
+    model, cache = engine.vllm_config.model_config, engine.vllm_config.cache_config
+    return EngineInfo(
+        model=config.model,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        kv_capacity_tokens=cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size,
+        block_size=cache.block_size,
+        version=f"vllm {vllm.__version__}",
+    )
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    """Anything but stop and length (abort, error, repetition) leaves tokens that must not be used."""
+    return FinishReason(reason) if reason in ("stop", "length") else FinishReason.abort
