@@ -48,7 +48,9 @@ def run_job(job: Callable[[Console], Any]) -> None:
     except InvalidInput as error:
         _leave(errors, f"error: {error}", ExitStatus.invalid)
     except (Stopped, EngineAborted) as error:
-        _leave(errors, f"stopped: {error}; finished chains are committed; run the same command again", ExitStatus.stopped)
+        _leave(
+            errors, f"stopped: {error}; finished chains are committed; run the same command again", ExitStatus.stopped
+        )
     except (EngineDead, OSError) as error:
         _leave(errors, f"failed: {error}; what is committed is safe; run the same command again", ExitStatus.failed)
 

@@ -4,7 +4,7 @@ Owns: turning text into one role's token ids (`ChatFormat`), and finding out how
 Does not know: chains, policies, engines. Imports transformers only when a model's tokenizer is loaded.
 
 Templates strip earlier thinking from assistant messages, so a chain is never rebuilt through one: only the text before
-the reply and the text of a turn change are taken from it, by rendering sentinels and cutting (docs/design.md, section 5).
+the reply and the text of a turn change are taken from it, by rendering sentinels and cutting (docs/design.md, 5).
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specreason_batch.types import InvalidInput, Role
 
@@ -40,7 +40,7 @@ class ChatOptions:
     think_open: str = "<think>"
     think_close: str = "</think>"
     template: str | None = None  # a Jinja chat template in place of the tokenizer's own
-    template_kwargs: Mapping[str, object] | None = None  # e.g. enable_thinking
+    template_kwargs: Mapping[str, Any] | None = None  # e.g. enable_thinking
     system_prompt: str | None = None
 
 
@@ -51,7 +51,9 @@ class ChatFormat:
     stays text. Only what the template itself says becomes special tokens.
     """
 
-    def __init__(self, role: Role, tokenizer: "PreTrainedTokenizerFast", options: ChatOptions, eos_ids: Sequence[int] = ()):
+    def __init__(
+        self, role: Role, tokenizer: "PreTrainedTokenizerFast", options: ChatOptions, eos_ids: Sequence[int] = ()
+    ):
         """Raises InvalidInput if the tokenizer cannot serve (no chat template, a think tag of several tokens ...)."""
         self.role = role
         self.options = options
@@ -135,7 +137,9 @@ class ChatFormat:
             messages = [{"role": "system", "content": SYSTEM}, *messages]
         template = self.options.template or self.tokenizer.chat_template
         if not template:
-            raise InvalidInput(f"{self.role} model: its tokenizer has no chat template; give one with {self.role}.chat.template")
+            raise InvalidInput(
+                f"{self.role} model: its tokenizer has no chat template; give one with {self.role}.chat.template"
+            )
         text = str(
             self.tokenizer.apply_chat_template(
                 messages,
@@ -158,7 +162,7 @@ class ChatFormat:
         return text
 
     def _encode(self, rendered: str, contents: Mapping[str, str]) -> list[int]:
-        """Special tokens of the rendered template become their ids; the text between them, contents included, is plain."""
+        """Special tokens of the template become their ids; the text between them, contents included, is plain."""
         ids: list[int] = []
         for piece in self._special_pattern.split(rendered) if self._special_pattern else [rendered]:
             if piece in self.special_ids:
@@ -173,7 +177,7 @@ class ChatFormat:
         ids = self.encode_text(text)
         if len(ids) != 1:
             raise InvalidInput(
-                f"{self.role}.chat.think_close: {text!r} is {len(ids)} tokens for this tokenizer; it must be a single one"
+                f"{self.role}.chat.think_close: {text!r} is {len(ids)} tokens for this tokenizer; allowed: a single one"
             )
         return ids[0]
 

@@ -1,6 +1,6 @@
-"""The grading turn: what the base is asked about a drafted step, and how its answer is read (paper, section 3).
+"""The grading turn: what the base is asked about a drafted step, and how its reply is read (paper, section 3).
 
-Owns: the question, the labels and their token ids, and log-probabilities -> Grade. Pure, but for one tokenizer at start-up.
+Owns: the question, the labels and their token ids, and log-probabilities -> Grade. Pure.
 Does not know: chains, thresholds (a policy's), engines.
 """
 

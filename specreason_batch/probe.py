@@ -1,4 +1,4 @@
-"""Start-up probes of a real engine: are grades right, and does the prefix cache hit? Seconds now, or days of wrong rows."""
+"""Start-up probes of a real engine: are grades right, does the prefix cache hit? Seconds now, or days of wrong rows."""
 
 from dataclasses import dataclass
 

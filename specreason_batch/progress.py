@@ -57,7 +57,9 @@ class Progress:
         """How much is done already."""
         shards = len(plan.pending) + len(plan.finished)
         self._total, self._done = plan.num_chains, plan.num_done
-        self._print(f"{plan.num_chains} chains in {shards} shard(s): {plan.num_done} done, {len(plan.pending)} shard(s) to go")
+        self._print(
+            f"{plan.num_chains} chains in {shards} shard(s): {plan.num_done} done, {len(plan.pending)} shard(s) to go"
+        )
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -67,11 +69,13 @@ class Progress:
         self._print(f"{what} [dim]({time.monotonic() - began:.1f} s)[/dim]")
 
     def engine_ready(self, role: Role, info: EngineInfo, cache: CacheProbe) -> None:
-        self._print(f"{role} engine: window {info.max_model_len}, KV cache {info.kv_capacity_tokens} tokens ({info.version})")
+        self._print(
+            f"{role} engine: window {info.max_model_len}, KV cache {info.kv_capacity_tokens} tokens ({info.version})"
+        )
         if not cache.hits:
             self._print(
-                f"[bold red]{role} engine: its prefix cache does not hit ({cache.num_prompt_tokens} tokens sent twice, none "
-                "cached): every step and grade computes its whole chain again[/bold red]"
+                f"[bold red]{role} engine: its prefix cache does not hit ({cache.num_prompt_tokens} tokens sent twice, "
+                "none cached): every step and grade computes its whole chain again[/bold red]"
             )
 
     # --- during the run ---
@@ -134,7 +138,9 @@ class Progress:
 
     def _show_prompt(self, plan: Plan, prompt: Prompt) -> None:
         for role, chat in plan.formats.items():
-            self._print(f"first prompt ({prompt.prompt_id}) as the {role} gets it, {len(chat.opening(prompt.prompt))} tokens:")
+            self._print(
+                f"first prompt ({prompt.prompt_id}) as the {role} gets it, {len(chat.opening(prompt.prompt))} tokens:"
+            )
             self._console.print(Text(chat.opening_text(prompt.prompt), style="cyan"))
 
     def _print(self, text: str) -> None:

@@ -94,9 +94,7 @@ class Translator:
         self._seeded = seeded
         self._reserve = 1 + max_answer_tokens + (len(judge.turn) + 1 if judge else 0)
         self._step_sampling = {role: _step_sampling(voice) for role, voice in voices.items()}
-        self._answer_sampling = {
-            role: voice.answers.sampling(voice.format.end_ids) for role, voice in voices.items()
-        }
+        self._answer_sampling = {role: voice.answers.sampling(voice.format.end_ids) for role, voice in voices.items()}
         self._grade_sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids) if judge else None
         self._text_format = voices[Role.base if Role.base in voices else Role.draft].format
 
@@ -151,7 +149,9 @@ class Translator:
             ends.append(length)
             inner += BLANK_LINE in piece.rstrip("\n")
         text = self._decode(tuple(id for body in bodies for id in body))
-        if ends and ends[-1] != len(text.rstrip(_HELD_BACK)):  # a tokenizer that decodes with more context than one step
+        if ends and ends[-1] != len(
+            text.rstrip(_HELD_BACK)
+        ):  # a tokenizer that decodes with more context than one step
             ends = self._ends_from_prefixes(bodies)
         if ends:
             ends[-1] = len(text)
@@ -169,8 +169,8 @@ class Translator:
         context = Context(voice.format.opening(prompt.prompt), voice.window, self._reserve)
         if context.room <= 0:
             raise InvalidInput(
-                f"prompt of {len(context.ids)} tokens with {self._reserve} reserved for grade and answer leaves no room "
-                f"in the {role}'s window of {voice.window}"
+                f"prompt of {len(context.ids)} tokens with {self._reserve} reserved for grade and answer leaves no "
+                f"room in the {role}'s window of {voice.window}"
             )
         return context
 

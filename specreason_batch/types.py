@@ -290,7 +290,9 @@ class Chain:
     @property
     def max_next_tokens(self) -> int:
         """The most tokens that the next step may have."""
-        return min(self.limits.max_step_tokens, self._budget_left, *(context.room for context in self.contexts.values()))
+        return min(
+            self.limits.max_step_tokens, self._budget_left, *(context.room for context in self.contexts.values())
+        )
 
     @property
     def _budget_left(self) -> int:

@@ -114,9 +114,7 @@ class VllmEngine:
 
     def _refuse(self, request: Request, error: str) -> None:
         self._refused.append(
-            Completion(
-                request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error
-            )
+            Completion(request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error)
         )
 
     def _parameters(self, request: Request) -> Any:

@@ -1,7 +1,7 @@
 """Policies: one coroutine a file, each the whole method for one chain. No I/O, no batching, no configuration files."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from specreason_batch.policies.base_only import base_only
 from specreason_batch.policies.draft_only import draft_only
@@ -10,14 +10,22 @@ from specreason_batch.policies.rules import Rules
 from specreason_batch.policies.specreason import specreason
 from specreason_batch.types import Chain, Coroutine, Role
 
+__all__ = ["POLICIES", "PolicySpec", "Rules"]
+
 BOTH = frozenset(Role)
+
+
+class RuledPolicy(Protocol):
+    """A policy before its rules are given."""
+
+    def __call__(self, chain: Chain, rules: Rules) -> Coroutine: ...
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
     """A policy and what it needs."""
 
-    coroutine: Callable[[Chain, Rules], Coroutine]
+    coroutine: RuledPolicy
     roles: frozenset[Role]  # the engines that it asks for steps
     grades: bool = False
     free_running: bool = False  # always without barriers, whatever the schedule

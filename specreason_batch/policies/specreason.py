@@ -1,4 +1,4 @@
-"""SpecReason (arXiv 2504.07891, section 3): the draft writes a step, the base grades it and rewrites what it rejects."""
+"""SpecReason (arXiv 2504.07891, section 3): the draft writes a step, the base grades it, and rewrites the rejected."""
 
 from specreason_batch.policies.rules import Rules
 from specreason_batch.types import Chain, Coroutine, GradeOf, Role, Write, WriteAnswer

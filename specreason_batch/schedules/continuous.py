@@ -33,7 +33,9 @@ def _poll_all(driver: Driver) -> list[Walk]:
     """One poll of each engine that has work; the walks that moved on."""
     busy = [role for role, engine in driver.engines.items() if engine.num_outstanding]
     began = time.monotonic()
-    moved = [walk for role in busy for walk in driver.take(role, SHARED_POLL_SECONDS if len(busy) > 1 else POLL_SECONDS)]
+    moved = [
+        walk for role in busy for walk in driver.take(role, SHARED_POLL_SECONDS if len(busy) > 1 else POLL_SECONDS)
+    ]
     seconds = time.monotonic() - began
     driver.stats.draft_busy_seconds += seconds * (Role.draft in busy)
     driver.stats.base_busy_seconds += seconds * (Role.base in busy)

@@ -37,7 +37,9 @@ def list_shards(path: str) -> list[Path]:
     else:
         shards = sorted(Path(name) for name in ([path] if given.is_file() else glob(path)))
     if not shards:
-        raise InvalidInput(f"input.path: no Parquet file at {path!r}; allowed: a file, a folder with *.parquet, or a glob")
+        raise InvalidInput(
+            f"input.path: no Parquet file at {path!r}; allowed: a file, a folder with *.parquet, or a glob"
+        )
     names = [shard.stem for shard in shards]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise InvalidInput(f"input.path: two shards have the name {sorted(doubled)[0]!r}; their output would collide")
@@ -81,7 +83,13 @@ class PromptShard:
         seen: set[str] = set()
         for index, row in zip(range(limit or self.num_rows), self._rows(), strict=False):
             if reason := _fault(row, seen):
-                yield Reject(prompt_id=_id_text(row["prompt_id"]), sample_index=None, file=self.path.name, row=index, reason=reason)
+                yield Reject(
+                    prompt_id=_id_text(row["prompt_id"]),
+                    sample_index=None,
+                    file=self.path.name,
+                    row=index,
+                    reason=reason,
+                )
                 continue
             seen.add(prompt_id := str(row["prompt_id"]))
             gold = row.get("gold_answer")

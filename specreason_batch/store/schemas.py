@@ -95,7 +95,9 @@ def chains_schema(input_columns: pa.Schema, has_gold_answer: bool) -> pa.Schema:
     return pa.schema([*CHAINS, *gold, *(column.with_name(f"input_{column.name}") for column in input_columns)])
 
 
-def chain_rows(chain: Chain, translator: Translator, has_gold_answer: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def chain_rows(
+    chain: Chain, translator: Translator, has_gold_answer: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A finished chain's row in `chains` and its rows in `steps`."""
     thinking = translator.thinking(chain)
     steps = [

@@ -1,0 +1,65 @@
+"""An engine without a model, for tests: a function answers each request.
+
+It hands completions out late, a few a poll and in an order of its own, as a real engine may; and it refuses what the
+real one refuses.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from random import Random
+
+from specreason_batch.engine import EngineInfo
+from specreason_batch.types import Completion, FinishReason, Request
+
+Script = Callable[[Request], Completion]
+
+
+class ScriptedEngine:
+    """Answers `script(request)` for every valid request; `requests` keeps what was asked."""
+
+    def __init__(self, script: Script, max_model_len: int = 4096, vocab_size: int = 1 << 17, order_seed: int = 0):
+        self.info = EngineInfo(
+            model="scripted",
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            kv_capacity_tokens=1 << 20,
+            block_size=16,
+            version="scripted",
+        )
+        self.requests: list[Request] = []
+        self.batches: list[int] = []  # sizes of what was submitted together
+        self._script = script
+        self._random = Random(order_seed)
+        self._waiting: dict[str, Request] = {}
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.batches.append(len(requests))
+        for request in requests:
+            assert request.request_id not in self._waiting
+            self.requests.append(request)
+            self._waiting[request.request_id] = request
+
+    def poll(self, timeout: float) -> list[Completion]:
+        ids = self._random.sample(sorted(self._waiting), k=self._random.randint(0, len(self._waiting)))
+        return [self._answer(self._waiting.pop(id)) for id in ids]
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        for id in request_ids:
+            self._waiting.pop(id, None)
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+    def _answer(self, request: Request) -> Completion:
+        if len(request.prompt_token_ids) + request.max_tokens > self.info.max_model_len:
+            return _refusal(request, "longer than the window")
+        if not all(0 <= id < self.info.vocab_size for id in request.prompt_token_ids):
+            return _refusal(request, "token id out of range")
+        return self._script(request)
+
+
+def _refusal(request: Request, error: str) -> Completion:
+    return Completion(request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error)
