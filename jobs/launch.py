@@ -1,5 +1,6 @@
 """What every job's entry point shares: conversion of the composed configuration, and exit statuses."""
 
+import os
 import sys
 from collections.abc import Callable
 from enum import IntEnum
@@ -41,7 +42,8 @@ def to_config(composed: DictConfig) -> GenerateConfig:
 
 def run_job(job: Callable[[Console], Any]) -> None:
     """Run a job; a user's mistake ends in one message and a non-zero status, never a traceback."""
-    console = Console(stderr=False)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
+    console = Console()
     errors = Console(stderr=True)
     try:
         job(console)

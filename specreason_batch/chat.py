@@ -189,7 +189,8 @@ def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{role}.model: no usable tokenizer in {model!r}: {error}") from error
+        what = "no usable tokenizer in" if Path(model).is_dir() else "neither a folder nor in the hub's cache:"
+        raise InvalidInput(f"{role}.model: {what} {model!r} ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidInput(f"{role}.model: {model!r} has no fast tokenizer (tokenizer.json)")
     return ChatFormat(role, tokenizer, options, _generation_eos_ids(Path(model)))

@@ -100,6 +100,7 @@ class Progress:
     @contextmanager
     def running(self) -> Iterator["Progress"]:
         """Shows the live line meanwhile."""
+        self._last_line = time.monotonic()
         if not self._console.is_terminal:
             yield self
             return

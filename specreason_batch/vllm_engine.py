@@ -5,8 +5,10 @@ Does not know: roles, steps, grades, chains.
 """
 
 import copy
+import logging
 import os
 import time
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 CPU_KV_GIB = 4  # default KV cache of a CPU engine
 CPU_BLOCK_SIZE = 32  # the least that vLLM's CPU attention takes; short blocks mean short re-prefills
+MAX_SEED = 1 << 63
 SPECULATIVE_LOGPROBS = 20  # what to ask for where logprob_token_ids does not work
 
 
@@ -32,7 +35,8 @@ class VllmEngine:
 
         Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
         """
-        _set_environment(config, cpu_cores, log_level)
+        _set_environment(config, cpu_cores)
+        _turn_down(log_level)
         from vllm import LLM
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -43,7 +47,7 @@ class VllmEngine:
         self._timeout = config.engine_timeout_seconds
         try:
             self._llm: Any = LLM(**llm_arguments(config))
-        except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+        except (TypeError, ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
             raise InvalidInput(f"vLLM does not take model {config.model!r} as configured: {error}") from error
         except RuntimeError as error:
             raise EngineDead(f"the engine for {config.model!r} died while starting: {error}") from error
@@ -104,12 +108,14 @@ class VllmEngine:
     def _fault(self, request: Request) -> str | None:
         """What vLLM would accept and then do wrongly: near the window it cuts completions short and says nothing."""
         if not request.prompt_token_ids or request.max_tokens < 1:
-            return f"{len(request.prompt_token_ids)} prompt tokens, max_tokens {request.max_tokens}: both must be at least 1"
+            return "an empty prompt, or max_tokens under 1"
         needed = len(request.prompt_token_ids) + request.max_tokens
         if needed > self.info.max_model_len:
             return f"{needed} tokens do not fit the window of {self.info.max_model_len}"
         if min(request.prompt_token_ids) < 0:
             return "a negative token id"
+        if request.seed is not None and not 0 <= request.seed < MAX_SEED:
+            return f"seed {request.seed} is not in [0, 2^63): vLLM takes -1 for none, and larger ones kill it"
         return None
 
     def _refuse(self, request: Request, error: str) -> None:
@@ -207,6 +213,7 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
         "device_ids": config.device_ids,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():
         arguments |= {
@@ -217,17 +224,39 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, 8192),
         }
+        _check_cpu_arguments(config)
     elif config.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_gib << 30
     given = {name: value for name, value in arguments.items() if value is not None}
-    return given | {"disable_log_stats": True} | config.vllm_args
+    return given | config.vllm_args
 
 
-def _set_environment(config: EngineConfig, cpu_cores: str | None, log_level: str) -> None:
+def _check_cpu_arguments(config: EngineConfig) -> None:
+    """Refuse here what would kill a CPU engine later, or end its start with the process's state in pieces."""
+    if config.vllm_args.get("kv_offloading_size"):
+        raise InvalidInput("vllm_args.kv_offloading_size: KV offloading needs a GPU; allowed on a CPU: none")
+    if config.vllm_args.get("enable_chunked_prefill"):
+        raise InvalidInput("vllm_args.enable_chunked_prefill: True kills a CPU engine at its first seeded request")
+    if config.vllm_args.get("max_num_batched_tokens", config.max_model_len) < config.max_model_len:
+        raise InvalidInput(
+            f"vllm_args.max_num_batched_tokens: {config.vllm_args['max_num_batched_tokens']} is under max_model_len="
+            f"{config.max_model_len}; a CPU engine cannot prefill in chunks"
+        )
+
+
+def _turn_down(log_level: str) -> None:
+    """vLLM's and torch's chatter, here and in the engine's processes; some of it comes before vLLM sets up its log."""
+    os.environ["VLLM_LOGGING_LEVEL"] = log_level
+    logging.getLogger("vllm").setLevel(log_level)
+    if log_level == "ERROR":
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _set_environment(config: EngineConfig, cpu_cores: str | None) -> None:
     """vLLM reads these when an engine is built, so each engine sets its own before."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
-    os.environ["VLLM_LOGGING_LEVEL"] = log_level
     if cpu_cores is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cpu_cores
 

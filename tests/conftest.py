@@ -1,0 +1,37 @@
+"""The toy pair's engines: one in-process pair for the whole suite."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from specreason_batch.config import ChatConfig, EngineConfig
+from specreason_batch.engine import Engine
+from specreason_batch.types import Role
+from specreason_batch.vllm_engine import VllmEngine
+
+ROOT = Path(__file__).parent.parent
+TOY = Path(os.environ.get("SPECREASON_TOY", ROOT / "examples" / "toy"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def toy_engine_config(role: Role, **changes: object) -> EngineConfig:
+    """The toy experiment's engine of this role."""
+    values: dict[str, object] = {
+        "model": str(TOY / role),
+        "max_model_len": 1024,
+        "kv_cache_gib": 1,
+        "in_process": True,
+        "chat": ChatConfig(),
+    }
+    return EngineConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def toy_engines() -> Iterator[dict[Role, Engine]]:
+    """Both toy models on real in-process vLLM engines."""
+    engines: dict[Role, Engine] = {role: VllmEngine(toy_engine_config(role)) for role in (Role.base, Role.draft)}
+    yield engines
+    for engine in engines.values():
+        engine.close()

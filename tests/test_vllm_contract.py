@@ -1,0 +1,382 @@
+"""What the project needs of vLLM, on real engines; run against another release with `make test-vllm VERSION=...`.
+
+Every trap of docs/vllm.md is here, either handled or refused.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from specreason_batch.chat import ChatFormat, load_chat_format
+from specreason_batch.config import ChatConfig
+from specreason_batch.engine import Engine, EngineDead
+from specreason_batch.judge import Judge, Question
+from specreason_batch.probe import probe_cache, probe_grade
+from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Role, Sampling
+from specreason_batch.vllm_engine import VllmEngine
+from tests.conftest import TOY, toy_engine_config
+
+GREEDY = Sampling(temperature=0.0)
+HOT = Sampling(temperature=1.0)
+QUESTION = Question(question="Is the last step right? Grade 0-9.", reply_opening="Grade: ")
+
+
+@pytest.fixture(scope="session")
+def chat() -> ChatFormat:
+    return load_chat_format(Role.base, str(TOY / "base"), ChatConfig().options())
+
+
+@pytest.fixture(scope="session")
+def judge(chat: ChatFormat) -> Judge:
+    return Judge(QUESTION, chat)
+
+
+@pytest.fixture(scope="session")
+def opening(chat: ChatFormat) -> list[int]:
+    return chat.opening("Start with 31 and work modulo 100.\n1) *9\n2) +8\n3) -2\nWhat is the result?")
+
+
+@pytest.fixture(scope="session")
+def separate_engine() -> Iterator[VllmEngine]:
+    """An engine in processes of its own."""
+    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False, engine_timeout_seconds=5))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["in_process", pytest.param("separate", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "separate":
+        separate: Engine = request.getfixturevalue("separate_engine")
+        return separate
+    pair: dict[Role, Engine] = request.getfixturevalue("toy_engines")
+    return pair[Role.draft]
+
+
+def ask(prompt: list[int], id: str = "a", max_tokens: int = 8, sampling: Sampling = GREEDY, seed: int | None = None) -> Request:
+    return Request(request_id=id, prompt_token_ids=list(prompt), max_tokens=max_tokens, sampling=sampling, seed=seed)
+
+
+def complete(engine: Engine, *requests: Request) -> dict[str, Completion]:
+    """Submit, drain; completions by id, each exactly once."""
+    engine.submit(requests)
+    done: list[Completion] = []
+    deadline = time.monotonic() + 120
+    while engine.num_outstanding:
+        done += engine.poll(0.5)
+        assert time.monotonic() < deadline
+    by_id = {completion.request_id: completion for completion in done}
+    assert len(by_id) == len(done) == len(requests)
+    return by_id
+
+
+# --- what is asked for is what comes back ---
+
+
+def test_every_request_completes_once_under_its_own_id(engine: Engine, opening: list[int]) -> None:
+    done = complete(engine, *(ask(opening, str(n), max_tokens=n + 1) for n in range(8)))
+    assert {id: len(completion.token_ids) for id, completion in done.items()} == {str(n): n + 1 for n in range(8)}
+    assert all(completion.finish_reason is FinishReason.length for completion in done.values())
+
+
+def test_same_seed_gives_same_tokens_in_any_batch_and_seeds_are_not_shared(engine: Engine, opening: list[int]) -> None:
+    alone = complete(engine, ask(opening, max_tokens=16, sampling=HOT, seed=7))["a"].token_ids
+    batch = complete(engine, *(ask(opening, str(n), max_tokens=16, sampling=HOT, seed=n) for n in range(8)))
+    assert batch["7"].token_ids == alone
+    assert len({completion.token_ids for completion in batch.values()}) > 1
+
+
+def test_the_largest_seed_works_and_others_are_refused(engine: Engine, opening: list[int]) -> None:
+    done = complete(
+        engine,
+        ask(opening, "largest", sampling=HOT, seed=(1 << 63) - 1),
+        ask(opening, "too large", sampling=HOT, seed=1 << 63),
+        ask(opening, "none in disguise", sampling=HOT, seed=-1),
+    )
+    assert len(done["largest"].token_ids) == 8
+    assert {done[id].finish_reason for id in ("too large", "none in disguise")} == {FinishReason.refused}
+
+
+def test_the_stop_token_is_part_of_the_completion(engine: Engine, opening: list[int]) -> None:
+    free = complete(engine, ask(opening, max_tokens=16))["a"].token_ids
+    stop = free[5]
+    stopped = complete(engine, ask(opening, max_tokens=16, sampling=Sampling(temperature=0.0, stop_token_ids=(stop,))))["a"]
+    assert stopped.finish_reason is FinishReason.stop
+    assert stopped.token_ids == free[: free.index(stop) + 1]
+
+
+def test_a_long_stop_list_stops_like_a_short_one(engine: Engine, opening: list[int], chat: ChatFormat) -> None:
+    stops = tuple(sorted(id for id in range(290) if id not in chat.blank_line_ids)) + tuple(chat.blank_line_ids)
+    done = complete(
+        engine,
+        ask(opening, "short", 24, Sampling(temperature=0.0, stop_token_ids=tuple(chat.blank_line_ids))),
+        ask(opening, "long", 24, Sampling(temperature=0.0, stop_token_ids=stops)),
+    )
+    first = next(n for n, id in enumerate(done["short"].token_ids) if id in stops)
+    assert done["long"].token_ids == done["short"].token_ids[: first + 1]
+
+
+def test_a_stop_string_ends_a_completion_where_no_token_can(engine: Engine, opening: list[int], chat: ChatFormat) -> None:
+    free = complete(engine, ask(opening, max_tokens=16))["a"].token_ids
+    text = chat.decode(free)[3:6]
+    stopped = complete(engine, ask(opening, max_tokens=16, sampling=Sampling(temperature=0.0, stop_strings=(text,))))["a"]
+    assert stopped.finish_reason is FinishReason.stop
+    assert free[: len(stopped.token_ids)] == stopped.token_ids
+    assert text in chat.decode(stopped.token_ids)
+
+
+# --- one bad request is refused alone ---
+
+
+def test_bad_requests_are_refused_and_leave_the_others_alone(engine: Engine, opening: list[int]) -> None:
+    window = engine.info.max_model_len
+    done = complete(
+        engine,
+        ask(opening, "good"),
+        ask([*opening, 1 << 30], "id past the vocabulary"),
+        ask([*opening, -5], "negative id"),
+        ask([], "empty"),
+        ask(opening, "nothing to generate", max_tokens=0),
+        ask([opening[0]] * (window + 1), "over-long"),
+        ask(opening, "past the window", max_tokens=window),
+        ask(opening, "129 labels", 1, Sampling(temperature=0.0, logprob_token_ids=tuple(range(129)))),
+        ask(opening, "good too"),
+    )
+    refused = {id for id, completion in done.items() if completion.finish_reason is FinishReason.refused}
+    assert refused == done.keys() - {"good", "good too"}
+    assert all(done[id].error and not done[id].token_ids for id in refused)
+    assert done["good"].token_ids == done["good too"].token_ids != ()
+
+
+def test_a_completion_that_just_fits_the_window_is_not_cut_short(engine: Engine, opening: list[int]) -> None:
+    prompt = (opening * 40)[: engine.info.max_model_len - 12]
+    done = complete(engine, ask(prompt, max_tokens=12))["a"]
+    assert len(done.token_ids) == 12
+
+
+def test_aborted_requests_are_never_heard_of_again(engine: Engine, opening: list[int]) -> None:
+    engine.submit([ask(opening, "gone", max_tokens=64), ask(opening, "kept", max_tokens=4)])
+    engine.abort(["gone", "unknown"])
+    seen = []
+    while engine.num_outstanding:
+        seen += engine.poll(0.5)
+    assert [completion.request_id for completion in seen] == ["kept"]
+    assert set(complete(engine, ask(opening, "later"))) == {"later"}
+
+
+# --- grades and caches ---
+
+
+def test_a_grade_has_the_ten_labels_raw_probabilities(engine: Engine, opening: list[int], judge: Judge) -> None:
+    labels = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids)
+    everything = Sampling(temperature=0.0, logprob_token_ids=tuple(range(128)))
+    prompt = [*opening, *judge.turn]
+    done = complete(engine, ask(prompt, "grade", 1, labels), ask(prompt, "more", 1, everything))
+    assert set(judge.label_ids) <= done["grade"].logprobs.keys()
+    assert 0.0 < sum(math.exp(done["grade"].logprobs[id]) for id in judge.label_ids) <= 1.0 + 1e-4
+    shared = done["grade"].logprobs.keys() & done["more"].logprobs.keys()
+    assert shared
+    assert all(math.isclose(done["grade"].logprobs[id], done["more"].logprobs[id], abs_tol=1e-4) for id in shared)
+
+
+def test_grades_are_the_same_alone_and_in_a_batch(toy_engines: dict[Role, Engine], opening: list[int], judge: Judge) -> None:
+    base = toy_engines[Role.base]
+    labels = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids)
+    prompts = [[*opening, *opening[:n], *judge.turn] for n in range(32)]
+    batch = complete(base, *(ask(prompt, str(n), 1, labels) for n, prompt in enumerate(prompts)))
+    for n in (0, 13, 31):
+        alone = complete(base, ask(prompts[n], "alone", 1, labels))["alone"]
+        assert judge.read(alone.logprobs, alone.token_ids[0]).probs == pytest.approx(
+            judge.read(batch[str(n)].logprobs, batch[str(n)].token_ids[0]).probs, abs=1e-5
+        )
+
+
+def test_the_probes_pass_on_a_good_engine(toy_engines: dict[Role, Engine], opening: list[int], judge: Judge) -> None:
+    base = toy_engines[Role.base]
+    assert probe_grade(base, judge, opening).mass > 0
+    assert probe_cache(base, opening).hits
+
+
+def test_the_grade_probe_refuses_an_engine_without_label_logprobs(
+    toy_engines: dict[Role, Engine], opening: list[int], judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: Any = toy_engines[Role.base]
+    monkeypatch.setattr(base, "_template", _without_labels(base._template))
+    monkeypatch.setattr(base, "_templates", {})
+    with pytest.raises(InvalidInput, match="no log-probabilities"):
+        probe_grade(base, judge, opening)
+
+
+def _without_labels(template: Any) -> Any:
+    def build(sampling: Sampling) -> Any:
+        return template(Sampling(temperature=sampling.temperature))
+
+    return build
+
+
+def test_prompt_and_generated_blocks_are_found_in_the_prefix_cache(engine: Engine, opening: list[int], chat: ChatFormat) -> None:
+    block = engine.info.block_size
+    prompt = chat.opening("words of their own " * 20)
+    first = complete(engine, ask(prompt, max_tokens=2 * block))["a"]
+    again = complete(engine, ask([*prompt, *first.token_ids], max_tokens=1))["a"]
+    whole_blocks = (len(prompt) + len(first.token_ids) - 1) // block
+    assert first.num_cached_tokens < len(prompt)
+    assert again.num_cached_tokens == whole_blocks * block
+
+
+def test_an_engine_that_never_caches_is_noticed(opening: list[int]) -> None:
+    engine = VllmEngine(toy_engine_config(Role.draft, vllm_args={"enable_prefix_caching": False}))
+    try:
+        assert not probe_cache(engine, opening).hits
+    finally:
+        engine.close()
+
+
+def test_grades_survive_speculative_decoding(toy_engines: dict[Role, Engine], opening: list[int], judge: Judge) -> None:
+    speculative = {"method": "draft_model", "model": str(TOY / "draft"), "num_speculative_tokens": 3}
+    engine = VllmEngine(toy_engine_config(Role.base, vllm_args={"speculative_config": speculative}))
+    try:
+        grade = probe_grade(engine, judge, opening)
+        plain = probe_grade(toy_engines[Role.base], judge, opening)
+        assert max(plain.probs) > 0.01
+        assert all(
+            math.isclose(one, other, abs_tol=0.01) for one, other in zip(grade.probs, plain.probs, strict=True) if one
+        )
+        assert grade.mass == pytest.approx(plain.mass, abs=0.05)
+    finally:
+        engine.close()
+
+
+# --- start and end ---
+
+
+def test_an_engine_knows_its_window_vocabulary_and_capacity(engine: Engine) -> None:
+    assert engine.info.max_model_len == 1024
+    assert engine.info.kv_capacity_tokens > 1024
+    assert engine.info.block_size == 32
+    assert engine.info.version.startswith("vllm ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "no/such/model"}, "no/such/model"),
+        ({"vllm_args": {"no_such_argument": 1}}, "no_such_argument"),
+        ({"vllm_args": {"enable_chunked_prefill": True}}, "enable_chunked_prefill"),
+        ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens"),
+        ({"max_model_len": 1 << 20}, "max_model_len"),
+        ({"vllm_args": {"kv_offloading_size": 1.0}}, "offload"),
+    ],
+)
+def test_what_vllm_does_not_take_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        VllmEngine(toy_engine_config(Role.draft, **changes))
+
+
+def test_an_exception_in_a_step_leaves_nothing_to_the_next_call(opening: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = VllmEngine(toy_engine_config(Role.draft))
+    try:
+        engine.submit([ask(opening, str(n), max_tokens=32) for n in range(5)])
+        engine.poll(0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._engine.engine_core, "get_output", _raise)
+            with pytest.raises(EngineDead, match="MemoryError"):
+                engine.poll(0.1)
+        assert engine.num_outstanding == 0
+        assert set(complete(engine, ask(opening, "next"))) == {"next"}
+    finally:
+        engine.close()
+
+
+def _raise() -> None:
+    raise MemoryError("no memory left")
+
+
+def test_closing_twice_is_quick_and_harmless() -> None:
+    engine = VllmEngine(toy_engine_config(Role.draft))
+    began = time.monotonic()
+    engine.close()
+    engine.close()
+    assert time.monotonic() - began < 5
+
+
+# --- engines in processes of their own ---
+
+
+@pytest.mark.slow
+def test_a_stopped_engine_is_dead_after_its_time_out(separate_engine: VllmEngine, opening: list[int]) -> None:
+    children = _engine_processes()
+    assert children
+    for child in children:
+        child.suspend()
+    try:
+        separate_engine.submit([ask(opening, "never", max_tokens=200)])
+        with pytest.raises(EngineDead, match="no output"):
+            _poll_for(separate_engine, 30)
+    finally:
+        for child in children:
+            child.resume()
+        separate_engine.abort(["never"])
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_engine_gives_abort_or_death_and_never_a_short_step(opening: list[int]) -> None:
+    before = set(_engine_processes())
+    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False, engine_timeout_seconds=30))
+    try:
+        engine.submit([ask(opening, str(n), max_tokens=900) for n in range(32)])
+        engine.poll(0.5)
+        for child in set(_engine_processes()) - before:
+            os.kill(child.pid, signal.SIGTERM)
+        try:
+            seen = _poll_for(engine, 60)
+        except EngineDead:
+            seen = []
+        cut_short = [completion for completion in seen if len(completion.token_ids) < 900]
+        assert all(completion.finish_reason is FinishReason.abort for completion in cut_short)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_dead_at_once_and_stays_dead(opening: list[int]) -> None:
+    before = set(_engine_processes())
+    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False, engine_timeout_seconds=60))
+    try:
+        engine.submit([ask(opening, str(n), max_tokens=900) for n in range(8)])
+        for child in set(_engine_processes()) - before:
+            child.kill()
+        with pytest.raises(EngineDead):
+            _poll_for(engine, 60)
+        with pytest.raises(EngineDead):
+            engine.submit([ask(opening, "later")])
+            _poll_for(engine, 60)
+    finally:
+        engine.close()
+    assert not [child for child in _engine_processes() if child not in before]
+
+
+def _poll_for(engine: Engine, seconds: float) -> list[Completion]:
+    deadline = time.monotonic() + seconds
+    seen: list[Completion] = []
+    while engine.num_outstanding and time.monotonic() < deadline:
+        seen += engine.poll(0.5)
+    return seen
+
+
+def _engine_processes() -> list[psutil.Process]:
+    """Python processes below this one that hold an engine or a worker."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and _is_engine(child)]
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    name = " ".join([process.name(), *process.cmdline()])
+    return "VLLM" in name or "EngineCore" in name or Path(name.split()[0]).name.startswith("VLLM")
