@@ -5,6 +5,7 @@ real one refuses.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from random import Random
 
 from specreason_batch.engine import EngineInfo
@@ -14,7 +15,7 @@ Script = Callable[[Request], Completion]
 
 
 class ScriptedEngine:
-    """Answers `script(request)` for every valid request; `requests` keeps what was asked."""
+    """Answers `script(request)` for every valid request; `requests` keeps what was asked, its prompt whole."""
 
     def __init__(self, script: Script, max_model_len: int = 4096, vocab_size: int = 1 << 17, order_seed: int = 0):
         self.info = EngineInfo(
@@ -39,8 +40,9 @@ class ScriptedEngine:
         self.batches.append(len(requests))
         for request in requests:
             assert request.request_id not in self._waiting
-            self.requests.append(request)
-            self._waiting[request.request_id] = request
+            whole = replace(request, prompt_token_ids=list(request.whole_prompt()), suffix_token_ids=())
+            self.requests.append(whole)
+            self._waiting[request.request_id] = whole
 
     def poll(self, timeout: float) -> list[Completion]:
         ids = self._random.sample(sorted(self._waiting), k=self._random.randint(0, len(self._waiting)))

@@ -107,21 +107,26 @@ class Translator:
         return chain
 
     def request(self, chain: Chain, ask: Ask, request_id: str) -> Request:
-        """The request that answers this ask. The one list that vLLM wants whole is built here, and nowhere else."""
-        context = chain.contexts[ask.engine].ids
+        """The request that answers this ask. It borrows the chain's ids: its cost does not depend on their number."""
+        suffix: tuple[int, ...] = ()
         match ask:
             case Write(role=role):
-                prompt, max_tokens, sampling = context[:], chain.max_next_tokens, self._step_sampling[role]
+                max_tokens, sampling = chain.max_next_tokens, self._step_sampling[role]
             case GradeOf(draft=draft):
                 assert self._judge is not None and self._grade_sampling is not None
-                prompt = [*context, *draft.bodies[Role.base], *self._judge.turn]
+                suffix = (*draft.bodies[Role.base], *self._judge.turn)
                 max_tokens, sampling = 1, self._grade_sampling
             case WriteAnswer(role=role):
-                prompt = [*context, self._voices[role].format.think_close_id]
+                suffix = (self._voices[role].format.think_close_id,)
                 max_tokens, sampling = self._max_answer_tokens, self._answer_sampling[role]
         seed = self._request_seed(chain, ask) if sampling.temperature > 0 else None
         return Request(
-            request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, sampling=sampling, seed=seed
+            request_id=request_id,
+            prompt_token_ids=chain.contexts[ask.engine].ids,
+            suffix_token_ids=suffix,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
         )
 
     def result(self, ask: Ask, completion: Completion) -> Result:

@@ -96,13 +96,26 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What an engine is asked for: a continuation of token ids."""
+    """What an engine is asked for: a continuation of `prompt_token_ids` followed by `suffix_token_ids`.
+
+    The prompt is the chain's own list, lent until the request's completion (a chain does not change meanwhile), so that
+    asking costs the same however long the chain is.
+    """
 
     request_id: str  # unique among the engine's outstanding requests
-    prompt_token_ids: list[int]  # handed over: nobody changes it afterwards
+    prompt_token_ids: list[int]
+    suffix_token_ids: tuple[int, ...] = ()
     max_tokens: int  # >= 1
     sampling: Sampling
     seed: int | None = None  # 63 bits; None: the engine's own randomness
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.suffix_token_ids)
+
+    def whole_prompt(self) -> list[int]:
+        """Prompt and suffix; the lent list itself where there is no suffix."""
+        return [*self.prompt_token_ids, *self.suffix_token_ids] if self.suffix_token_ids else self.prompt_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,7 +375,7 @@ class PhaseStats:
 
     def count(self, request: Request, completion: Completion) -> None:
         self.num_requests += 1
-        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_prompt_tokens += request.num_prompt_tokens
         self.num_cached_tokens += completion.num_cached_tokens
         self.num_generated_tokens += len(completion.token_ids)
 

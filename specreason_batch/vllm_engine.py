@@ -96,7 +96,7 @@ class VllmEngine:
     def _submit_one(self, request: Request) -> None:
         if fault := self._fault(request):
             return self._refuse(request, fault)
-        prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
+        prompt = {"type": "token", "prompt_token_ids": request.whole_prompt()}
         try:
             self._engine.add_request(request.request_id, prompt, self._parameters(request))
         except self._deaths as error:
@@ -107,13 +107,11 @@ class VllmEngine:
 
     def _fault(self, request: Request) -> str | None:
         """What vLLM would accept and then do wrongly: near the window it cuts completions short and says nothing."""
-        if not request.prompt_token_ids or request.max_tokens < 1:
+        if not request.num_prompt_tokens or request.max_tokens < 1:
             return "an empty prompt, or max_tokens under 1"
-        needed = len(request.prompt_token_ids) + request.max_tokens
+        needed = request.num_prompt_tokens + request.max_tokens
         if needed > self.info.max_model_len:
             return f"{needed} tokens do not fit the window of {self.info.max_model_len}"
-        if min(request.prompt_token_ids) < 0:
-            return "a negative token id"
         if request.seed is not None and not 0 <= request.seed < MAX_SEED:
             return f"seed {request.seed} is not in [0, 2^63): vLLM takes -1 for none, and larger ones kill it"
         return None

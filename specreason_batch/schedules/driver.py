@@ -181,4 +181,4 @@ class Driver:
         usage = walk.chain.usage
         usage.num_cached_prompt_tokens += completion.num_cached_tokens
         if isinstance(ask, GradeOf):
-            usage.num_grade_prompt_tokens += len(request.prompt_token_ids)
+            usage.num_grade_prompt_tokens += request.num_prompt_tokens

@@ -1,0 +1,255 @@
+"""The reference: SpecReason and its controls for one chain at a time, written straight from docs/design.md section 5.
+
+No batching, no coroutine, no schedule. It shares with the package the nouns' enums, a role's token ids (`ChatFormat`,
+`Judge.turn` and label ids) and the seeds' hash; every decision is made here again.
+"""
+
+import codecs
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specreason_batch.judge import Reading
+from specreason_batch.seeds import stable_coin, stable_seed
+from specreason_batch.types import Completion, Request, Role, Sampling
+from tests.support.vocabulary import token_bytes
+from tests.support.worlds import World
+
+Row = dict[str, Any]
+
+# Not a function of the chain: they depend on when and beside whom it ran.
+VOLATILE = ("num_cached_prompt_tokens", "num_redone_tokens", "active_seconds", "round")
+
+
+@dataclass(slots=True)
+class Written:
+    """A step as one role wrote it."""
+
+    author: Role
+    body: list[int]
+    num_tokens: int
+    ended_by: str
+
+    @property
+    def closes(self) -> bool:
+        return self.ended_by in ("think_close", "end_of_text")
+
+
+class PlainLoop:
+    """One chain, from its prompt to its rows."""
+
+    def __init__(self, world: World, prompt_id: str, prompt: str, sample_index: int):
+        self.world = world
+        self.formats = world.formats
+        self.models = {role: world.model(role) for role in world.roles}
+        self.bytes = token_bytes(world.blank_line)
+        self.prompt_id, self.prompt, self.sample_index = prompt_id, prompt, sample_index
+        self.seed = stable_seed(world.run_seed, prompt_id, sample_index)
+        self.context = {role: list(chat.opening(prompt)) for role, chat in self.formats.items()}
+        self.turn = list(world.judge.turn) if world.judge else []
+        self.reserve = 1 + world.max_answer_tokens + (len(self.turn) + 1 if self.turn else 0)
+        self.kept = self.generated = self.grade_prompt_tokens = 0
+        self.repeats, self.last_words = 0, None
+        self.steps: list[Row] = []
+        self.bodies: list[list[int]] = []
+        self.thinking_end: str | None = None
+        self.last_words: list[int] | None = None
+
+    def run(self) -> tuple[Row, list[Row]]:
+        """The chain's row and its steps' rows, without the volatile columns."""
+        while self.thinking_end is None:
+            self.next_step()
+        answer, num_answer_tokens, answer_end = self.answer()
+        text, spans = self.sliced_text()
+        steps = [row | {"start": start, "end": end} for row, (start, end) in zip(self.steps, spans, strict=True)]
+        chain = {
+            "prompt_id": self.prompt_id,
+            "sample_index": self.sample_index,
+            "prompt": self.prompt,
+            "thinking": text,
+            "answer": answer,
+            "thinking_end": self.thinking_end,
+            "answer_end": answer_end,
+            "num_steps": len(steps),
+            "num_draft_tokens_kept": sum(row["num_tokens"] for row in steps if row["author"] == "draft"),
+            "num_draft_tokens_rejected": sum(row["rejected_num_tokens"] or 0 for row in steps),
+            "num_base_tokens": sum(row["num_tokens"] for row in steps if row["author"] == "base"),
+            "num_answer_tokens": num_answer_tokens,
+            "num_grade_prompt_tokens": self.grade_prompt_tokens,
+            "seed": self.seed,
+        }
+        return chain, steps
+
+    # --- one step ---
+
+    def next_step(self) -> None:
+        world = self.world
+        if world.policy == "draft_only":
+            return self.keep(self.write(Role.draft))
+        if world.policy == "base_only" or len(self.steps) < world.first_n_base_steps:
+            return self.keep(self.write(Role.base))
+        draft = self.write(Role.draft)
+        graded: Row = {}
+        if world.policy == "random":
+            accepted = stable_coin(world.accept_rate, self.seed, len(self.steps))
+        else:
+            graded = self.grade(draft)
+            accepted = graded["score"] is not None and graded["score"] >= world.threshold
+        if accepted:
+            self.keep(draft, accepted=True, **graded)
+        else:
+            self.keep(self.write(Role.base), rejected=draft, accepted=False, **graded)
+
+    def room(self) -> int:
+        return min(self.world.window(role) - self.reserve - len(ids) for role, ids in self.context.items())
+
+    def budget_left(self) -> int:
+        left = self.world.limits.thinking_tokens - self.kept
+        if self.world.limits.generated_tokens is not None:
+            left = min(left, self.world.limits.generated_tokens - self.generated)
+        return left
+
+    def write(self, role: Role) -> Written:
+        chat = self.formats[role]
+        blank_ids = {id for id, spelt in self.bytes.items() if b"\n\n" in spelt}
+        sampling = Sampling(
+            temperature=self.world.temperature,
+            top_p=0.95,
+            stop_token_ids=tuple({chat.think_close_id, *chat.end_ids, *blank_ids}),
+            stop_strings=() if blank_ids else ("\n\n",),
+        )
+        max_tokens = min(self.world.limits.max_step_tokens, self.budget_left(), self.room())
+        ids = self.ask(role, self.context[role], max_tokens, sampling, "step").token_ids
+        body: list[int] = []
+        for id in ids:
+            if id not in self.bytes:
+                ended_by = "special"
+                if id == chat.think_close_id:
+                    ended_by = "think_close"
+                elif id in chat.end_ids:
+                    ended_by = "end_of_text"
+                return Written(role, body, len(ids), ended_by)
+            body.append(id)
+        spelt = self.spell(body)
+        ends_blank = b"\n\n" in self.bytes[body[-1]] if blank_ids else spelt.endswith(b"\n\n")
+        return Written(role, body, len(ids), "blank_line" if ends_blank else "max_tokens")
+
+    def grade(self, draft: Written) -> Row:
+        judge = self.world.judge
+        assert judge is not None
+        prompt = self.context[Role.base] + draft.body + self.turn
+        self.grade_prompt_tokens += len(prompt)
+        sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids)
+        completion = self.ask(Role.base, prompt, 1, sampling, "grade")
+        probs = [math.exp(completion.logprobs.get(id, -math.inf)) for id in judge.label_ids]
+        mass = sum(probs)
+        score: float | None = None
+        if self.world.reading is Reading.greedy:
+            if completion.token_ids[0] in judge.label_ids:
+                score = float(judge.label_ids.index(completion.token_ids[0]))
+        elif mass > 0 and mass >= self.world.mass_floor:
+            score = sum(value * prob for value, prob in enumerate(probs)) / mass
+        return {"score": score, "digit_probs": probs if len(probs) == 10 else None, "digit_mass": mass}
+
+    def keep(
+        self,
+        step: Written,
+        rejected: Written | None = None,
+        accepted: bool | None = None,
+        score: float | None = None,
+        digit_probs: list[float] | None = None,
+        digit_mass: float | None = None,
+    ) -> None:
+        self.steps.append(
+            {
+                "prompt_id": self.prompt_id,
+                "sample_index": self.sample_index,
+                "step_index": len(self.steps),
+                "author": str(step.author),
+                "ended_by": step.ended_by,
+                "token_ids": step.body,
+                "num_tokens": step.num_tokens,
+                "rejected_text": None if rejected is None else self.spell(rejected.body).decode(errors="replace"),
+                "rejected_num_tokens": None if rejected is None else rejected.num_tokens,
+                "score": score,
+                "digit_probs": digit_probs,
+                "digit_mass": digit_mass,
+                "accepted": accepted,
+            }
+        )
+        self.bodies.append(step.body)
+        for ids in self.context.values():
+            ids += step.body
+        self.kept += len(step.body)
+        self.generated += step.num_tokens + (rejected.num_tokens if rejected else 0)
+        self.count_repeats(step.body)
+        self.thinking_end = self.end_after(step)
+
+    def count_repeats(self, body: list[int]) -> None:
+        if not self.spell(body).strip():
+            self.repeats += 1
+        elif body == self.last_words:
+            self.repeats += 1
+        else:
+            self.repeats, self.last_words = 1, body
+
+    def end_after(self, step: Written) -> str | None:
+        if step.closes:
+            return "closed"
+        if self.repeats >= self.world.limits.repeated_steps:
+            return "repetition"
+        if self.budget_left() <= 0:
+            return "budget"
+        return "context" if self.room() <= 0 else None
+
+    # --- the answer and the text ---
+
+    def answer(self) -> tuple[str, int, str]:
+        role = self.world.answer_role
+        chat = self.formats[role]
+        sampling = Sampling(temperature=self.world.temperature, top_p=0.95, stop_token_ids=tuple(chat.end_ids))
+        prompt = [*self.context[role], chat.think_close_id]
+        ids = list(self.ask(role, prompt, self.world.max_answer_tokens, sampling, "answer").token_ids)
+        if ids[-1] in chat.end_ids:
+            return self.shown(ids[:-1], role), len(ids), "stop"
+        return self.shown(ids, role), len(ids), "length"
+
+    def sliced_text(self) -> tuple[str, list[tuple[int, int]]]:
+        """Each step's characters, where a character belongs to the step that brings its last byte."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        last = len(self.bodies) - 1
+        pieces = [decoder.decode(self.spell(body), final=index == last) for index, body in enumerate(self.bodies)]
+        ends = [sum(map(len, pieces[: index + 1])) for index in range(len(pieces))]
+        return "".join(pieces), list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def spell(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.bytes[id] for id in ids)
+
+    def shown(self, ids: Sequence[int], role: Role) -> str:
+        """With special tokens as their names."""
+        names = {id: name.encode() for name, id in self.formats[role].special_ids.items()}
+        pieces: list[bytes] = [b""]
+        for id in ids:
+            if id in names:
+                pieces += [names[id], b""]
+            else:
+                pieces[-1] += self.bytes[id]
+        return b"".join(piece for piece in pieces).decode(errors="replace")
+
+    def ask(self, role: Role, prompt: list[int], max_tokens: int, sampling: Sampling, kind: str) -> Completion:
+        assert max_tokens >= 1
+        seed = None
+        if self.world.seeded and sampling.temperature > 0:
+            seed = stable_seed(self.seed, len(self.steps), role, kind, 0)
+        request = Request(
+            request_id="plain", prompt_token_ids=list(prompt), max_tokens=max_tokens, sampling=sampling, seed=seed
+        )
+        return self.models[role](request)
+
+
+def plain_rows(world: World) -> dict[tuple[str, int], tuple[Row, list[Row]]]:
+    """What every schedule must write for this world, by chain."""
+    return {
+        key: PlainLoop(world, key[0], world.prompts[int(key[0][1:])], key[1]).run() for key in world.keys
+    }

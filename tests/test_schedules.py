@@ -1,0 +1,455 @@
+"""Schedules decide when requests run and nothing else: every one gives the plain loop's rows (docs/design.md, 3 and 5)."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specreason_batch.engine import EngineAborted
+from specreason_batch.schedules import SCHEDULES, Driver, Stopped
+from specreason_batch.types import (
+    AnswerEnd,
+    Chain,
+    Completion,
+    Coroutine,
+    FinishReason,
+    GradeOf,
+    Phase,
+    Request,
+    Role,
+    RoundStats,
+    ThinkingEnd,
+    Write,
+    WriteAnswer,
+)
+from tests.support.plain_loop import plain_rows
+from tests.support.running import Run, Script, policy_of, run_world
+from tests.support.worlds import PROMPTS, World, worlds
+
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+BUSY = World(prompts=PROMPTS, num_samples=2, windows=(4096, 4096), threshold=3.0, seed=11)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("active_size", [1, 3, 64])
+@settings(max_examples=25, deadline=None)
+@given(world=worlds(), order_seed=st.integers(0, 1000))
+def test_rows_are_the_plain_loops_whatever_the_schedule_the_active_size_and_the_order_of_completions(
+    schedule: str, active_size: int, world: World, order_seed: int
+) -> None:
+    run = run_world(world, schedule=schedule, active_size=active_size, order_seed=order_seed)
+    assert run.rows() == plain_rows(world)
+
+
+def test_the_worlds_of_these_tests_reach_every_end() -> None:
+    """Guards the property above: a world generator that never gets somewhere proves nothing about it."""
+    ends: Counter[str] = Counter()
+    steps: Counter[tuple[str, Any]] = Counter()
+    for seed in range(30):
+        for changes in ({}, {"windows": (130, 125)}, {"stuck_rate": 0.9}, {"blank_line": False, "policy": "random"}):
+            for chain, rows in plain_rows(replace(World(seed=seed), **changes)).values():  # type: ignore[arg-type]
+                ends.update([chain["thinking_end"], chain["answer_end"]])
+                steps.update((name, row[name]) for row in rows for name in ("ended_by", "accepted"))
+                steps.update(("unreadable", True) for row in rows if row["digit_mass"] is not None and not row["score"])
+    assert set(ends) == {"closed", "budget", "context", "repetition", "stop", "length"}
+    wanted = {"blank_line", "think_close", "end_of_text", "max_tokens", "special"}
+    assert {value for name, value in steps if name == "ended_by"} == wanted
+    assert steps["accepted", True] and steps["accepted", False] and steps["unreadable", True]
+
+
+# --- seeds ---
+
+
+@EVERY_SCHEDULE
+@settings(max_examples=30, deadline=None)
+@given(world=worlds())
+def test_no_two_requests_of_a_run_share_a_seed(schedule: str, world: World) -> None:
+    world = replace(world, seeded=True, temperature=0.6)
+    run = run_world(world, schedule=schedule)
+    sampled = [request for engine in run.engines.values() for request in engine.requests if not _is_grade(request)]
+    seeds = [request.seed for request in sampled]
+    assert None not in seeds
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 1 << 63 for seed in seeds if seed is not None)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"seeded": False}])
+def test_greedy_and_unseeded_requests_carry_no_seed(changes: dict[str, Any]) -> None:
+    run = run_world(replace(BUSY, **changes))
+    assert {request.seed for engine in run.engines.values() for request in engine.requests} == {None}
+
+
+def test_a_request_id_is_never_used_twice() -> None:
+    run = run_world(BUSY, schedule="continuous")
+    ids = [request.request_id for engine in run.engines.values() for request in engine.requests]
+    assert len(set(ids)) == len(ids)
+
+
+# --- what runs when ---
+
+
+@settings(max_examples=30, deadline=None)
+@given(world=worlds(policies=("specreason", "random")), active_size=st.sampled_from([1, 3, 64]))
+def test_lockstep_makes_one_batch_of_all_drafts_one_of_all_grades_one_of_all_rewrites(
+    world: World, active_size: int
+) -> None:
+    run = Run(replace(world, answer_role=Role.base), active_size=active_size)
+    sizes: list[dict[Role, list[list[Request]]]] = []
+    for _ in run.walk():
+        sizes.append({role: engine.submitted for role, engine in run.engines.items()})
+        for engine in run.engines.values():
+            engine.submitted = []
+    for report, batches in zip(run.reports, sizes, strict=True):
+        steps = [step for chain in run.finished for step in chain.steps if step.round == report.stats.round]
+        drafted = sum(step.rejected is not None or step.written.author is Role.draft for step in steps)
+        graded = sum(step.grade is not None for step in steps)
+        written = sum(step.written.author is Role.base for step in steps)
+        assert [len(batch) for batch in batches[Role.draft]] == _nonzero(drafted)
+        assert [len(batch) for batch in batches[Role.base]] == _nonzero(graded, written + len(report.finished))
+        assert all(_is_grade(request) for request in batches[Role.base][0]) or not graded
+
+
+@settings(max_examples=30, deadline=None)
+@given(world=worlds(), active_size=st.sampled_from([1, 2, 5, 64]))
+def test_lockstep_fills_the_slots_of_finished_chains_in_the_next_round(world: World, active_size: int) -> None:
+    run = Run(world, active_size=active_size)
+    left = len(world.keys)
+    for report in run.walk():
+        assert report.stats.num_active == min(active_size, left)
+        assert report.stats.num_finished == len(report.finished)
+        left -= len(report.finished)
+    assert left == 0
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("active_size", [1, 3, 7])
+def test_never_more_than_active_size_chains_are_outstanding(schedule: str, active_size: int) -> None:
+    """A policy that asks for one thing at a time has as many requests outstanding as it has chains."""
+    run = Run(BUSY, schedule=schedule, active_size=active_size)
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, sum(engine.num_outstanding for engine in run.engines.values()))
+
+    run.check_stop = look
+    run.to_end()
+    assert most == active_size
+
+
+def test_continuous_refills_a_slot_at_once() -> None:
+    """base_only has exactly one request outstanding for every active chain, at every poll."""
+    world = replace(BUSY, policy="base_only", num_samples=4)
+    run = Run(world, schedule="continuous", active_size=5)
+    answered: list[int] = []
+    engine = run.engines[Role.base]
+
+    def look() -> None:
+        done = sum(_is_answer(world, Role.base, request) for request in engine.requests) - sum(
+            _is_answer(world, Role.base, request) for request in engine._waiting.values()
+        )
+        answered.append(done)
+        assert engine.num_outstanding == min(5, len(world.keys) - done)
+
+    run.check_stop = look
+    run.to_end()
+    assert answered[-1] < len(world.keys) == len(run.finished)
+
+
+@EVERY_SCHEDULE
+def test_chains_are_opened_only_when_a_slot_is_free(schedule: str) -> None:
+    """Prompts are read as they are needed: a shard of any length costs no memory."""
+    run = Run(BUSY, schedule=schedule, active_size=2)
+    for _ in run.walk():
+        assert len(run.chains) <= len(run.finished) + 2
+
+
+# --- policies that ask for several things at once ---
+
+
+def two_drafts(chain: Chain) -> Coroutine:
+    """Two drafts of each step, both graded; the better one is kept, or the base writes."""
+    while chain.is_thinking:
+        drafts = yield Write(Role.draft, candidate=0), Write(Role.draft, candidate=1)
+        grades = yield tuple(GradeOf(draft) for draft in drafts)
+        score, best = max((grade.score or 0.0, -index) for index, grade in enumerate(grades))
+        if score >= 4.0:
+            chain.append(drafts[-best], grade=grades[-best], accepted=True)
+        else:
+            chain.append((yield Write(Role.base)), rejected=drafts[0], grade=grades[0], accepted=False)
+    chain.answer = yield WriteAnswer()
+
+
+def both_write(chain: Chain) -> Coroutine:
+    """Draft and base write the same step; the shorter is kept. A tuple of one is a tuple."""
+    while chain.is_thinking:
+        draft, base = yield Write(Role.draft), Write(Role.base)
+        assert (draft.author, base.author) == (Role.draft, Role.base)
+        (grade,) = yield (GradeOf(draft),)
+        kept = min(draft, base, key=lambda step: step.num_tokens)
+        chain.append(kept, grade=grade, accepted=kept is draft)
+    chain.answer = yield WriteAnswer()
+
+
+@pytest.mark.parametrize("policy", [two_drafts, both_write])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1 << 32), order_seed=st.integers(0, 100))
+def test_a_policy_of_tuples_gives_the_same_rows_in_every_schedule(policy: Any, seed: int, order_seed: int) -> None:
+    world = replace(BUSY, seed=seed, num_samples=1)
+    runs = [
+        run_world(world, schedule=schedule, active_size=size, order_seed=order_seed, policy=policy)
+        for schedule in sorted(SCHEDULES)
+        for size in (1, 4, 64)
+    ]
+    assert len(runs[0].rows()) == len(PROMPTS)
+    assert all(run.rows() == runs[0].rows() for run in runs[1:])
+
+
+def test_candidates_of_one_step_have_seeds_of_their_own() -> None:
+    run = run_world(replace(BUSY, num_samples=1), policy=two_drafts)
+    drafts = run.engines[Role.draft].requests
+    assert len({request.seed for request in drafts}) == len(drafts)
+    pairs = Counter(tuple(request.prompt_token_ids) for request in drafts)
+    assert set(pairs.values()) == {2}
+
+
+def test_lockstep_sends_a_tuples_parts_in_the_phases_that_they_belong_to() -> None:
+    run = Run(BUSY, policy=both_write, active_size=64)
+    next(run.walk())
+    num_chains = len(BUSY.keys)
+    assert [len(batch) for batch in run.engines[Role.draft].submitted] == [num_chains]
+    assert [len(batch) for batch in run.engines[Role.base].submitted] == [num_chains]
+
+
+# --- what engines may do wrong ---
+
+
+def refusing(victim: int, what: Phase) -> Any:
+    """Refuse every request of one phase whose prompt starts with this chain's opening."""
+
+    def wrap(role: Role, script: Script) -> Script:
+        def answer(request: Request) -> Completion:
+            opening = BUSY.formats[role].opening(PROMPTS[victim])
+            if request.prompt_token_ids[: len(opening)] == opening and _phase(BUSY, role, request) is what:
+                return Completion(
+                    request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error="too odd"
+                )
+            return script(request)
+
+        return answer
+
+    return wrap
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("phase", [Phase.draft, Phase.grade, Phase.rewrite, Phase.answer])
+def test_a_refused_request_gives_up_its_chain_and_no_other(schedule: str, phase: Phase) -> None:
+    world = replace(BUSY, num_samples=1, threshold=6.0)
+    run = run_world(world, schedule=schedule, wrap=refusing(1, phase))
+    given_up = {chain.key: chain for chain in run.finished if chain.error is not None}
+    assert set(given_up) == {("p1", 0)}
+    chain = given_up["p1", 0]
+    assert chain.thinking_end is ThinkingEnd.error
+    assert chain.answer is None
+    assert "too odd" in (chain.error or "")
+    expected = plain_rows(world)
+    rows = run.rows()
+    row, steps = rows.pop(("p1", 0))
+    assert row["answer_end"] == AnswerEnd.none and row["answer"] is None
+    kept = expected.pop(("p1", 0))[1][: len(steps)]
+    assert [step["token_ids"] for step in steps] == [step["token_ids"] for step in kept]
+    assert rows == expected
+
+
+@EVERY_SCHEDULE
+def test_a_chain_given_up_in_the_middle_of_a_tuple_takes_no_other_with_it(schedule: str) -> None:
+    world = replace(BUSY, num_samples=1)
+    whole = run_world(world, schedule=schedule, policy=two_drafts)
+    run = run_world(world, schedule=schedule, policy=two_drafts, wrap=refusing(2, Phase.draft))
+    expected = whole.rows()
+    rows = run.rows()
+    assert rows.pop(("p2", 0))[0]["thinking_end"] == "error"
+    expected.pop(("p2", 0))
+    assert rows == expected
+    assert all(engine.num_outstanding == 0 for engine in run.engines.values())
+
+
+def aborting(after: int) -> Any:
+    """From the engine's nth completion on: cut short with half the tokens, as vLLM does after a signal."""
+
+    def wrap(role: Role, script: Script) -> Script:
+        count = 0
+
+        def answer(request: Request) -> Completion:
+            nonlocal count
+            count += 1
+            completion = script(request)
+            if count <= after:
+                return completion
+            half = completion.token_ids[: len(completion.token_ids) // 2]
+            return replace(completion, token_ids=half, finish_reason=FinishReason.abort)
+
+        return answer
+
+    return wrap
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("after", [0, 5, 40])
+def test_an_aborted_completion_raises_and_is_never_made_a_step(schedule: str, after: int) -> None:
+    expected = plain_rows(BUSY)
+    run = Run(BUSY, schedule=schedule, wrap=aborting(after))
+    with pytest.raises(EngineAborted):
+        run.to_end()
+    assert any(chain.is_thinking for chain in run.chains)
+    for chain in run.chains:
+        kept = [list(step.written.token_ids) for step in chain.steps]
+        assert kept == [step["token_ids"] for step in expected[chain.key][1]][: len(kept)]
+
+
+@EVERY_SCHEDULE
+def test_the_stop_signal_is_looked_at_before_every_poll(schedule: str) -> None:
+    run = Run(BUSY, schedule=schedule)
+
+    def stop() -> None:
+        if len(run.engines[Role.base].completions) >= 10:
+            raise Stopped("enough")
+
+    run.check_stop = stop
+    with pytest.raises(Stopped):
+        run.to_end()
+    polls = run.engines[Role.base].outstanding_at_poll
+    assert 10 <= len(run.engines[Role.base].completions) <= 10 + 3
+    assert polls
+
+
+@EVERY_SCHEDULE
+def test_an_abandoned_run_leaves_nothing_outstanding(schedule: str) -> None:
+    """Else the engine's next user gets the completions of this one."""
+    run = Run(BUSY, schedule=schedule)
+    driver = Driver(run.engines, run.translator, policy_of(BUSY), lambda: _stop_after(run, 8))
+    with pytest.raises(Stopped):
+        for _ in SCHEDULES[schedule](driver, run._open(), 5):
+            pass
+    assert sum(engine.num_outstanding for engine in run.engines.values()) > 0
+    driver.abandon()
+    assert sum(engine.num_outstanding for engine in run.engines.values()) == 0
+
+
+# --- accounts ---
+
+
+@EVERY_SCHEDULE
+@settings(max_examples=30, deadline=None)
+@given(world=worlds(), active_size=st.sampled_from([1, 3, 64]))
+def test_rounds_account_for_every_request_and_token_that_the_engines_saw(
+    schedule: str, world: World, active_size: int
+) -> None:
+    run = run_world(world, schedule=schedule, active_size=active_size)
+    assert _account(run) == _seen(run)
+
+
+@EVERY_SCHEDULE
+@settings(max_examples=30, deadline=None)
+@given(world=worlds())
+def test_rounds_and_steps_tell_the_same_story(schedule: str, world: World) -> None:
+    run = run_world(world, schedule=schedule)
+    stats = [report.stats for report in run.reports]
+    steps = [step for chain in run.finished for step in chain.steps]
+    chains = [row for row, _ in run.rows().values()]
+    generated = _generated(stats)
+    assert generated[Phase.draft] == sum(
+        row["num_draft_tokens_kept"] + row["num_draft_tokens_rejected"] for row in chains
+    )
+    assert generated[Phase.rewrite] == sum(row["num_base_tokens"] for row in chains)
+    assert generated[Phase.answer] == sum(row["num_answer_tokens"] for row in chains)
+    assert generated[Phase.grade] == sum(step.grade is not None for step in steps)
+    prompt_tokens = sum(item.phases[Phase.grade].num_prompt_tokens for item in stats)
+    assert prompt_tokens == sum(row["num_grade_prompt_tokens"] for row in chains)
+    cached = sum(phase.num_cached_tokens for item in stats for phase in item.phases.values())
+    assert cached == sum(chain.usage.num_cached_prompt_tokens for chain in run.finished)
+    for item in stats:
+        own = [step for step in steps if step.round == item.round]
+        assert item.num_accepted == sum(step.accepted is True for step in own)
+        assert item.num_rejected == sum(step.accepted is False for step in own)
+        assert item.num_unreadable == sum(step.grade is not None and step.grade.score is None for step in own)
+    assert sum(item.num_finished for item in stats) == len(chains)
+
+
+def test_rounds_count_what_was_generated_for_a_chain_that_was_then_given_up() -> None:
+    """Its tokens were paid for: of two drafts of one step the first is refused, the second generated all the same."""
+    refused: list[str] = []
+
+    def wrap(role: Role, script: Script) -> Script:
+        refuse = refusing(2, Phase.draft)(role, script)
+
+        def answer(request: Request) -> Completion:
+            completion: Completion = refuse(request)
+            if completion.finish_reason is not FinishReason.refused or refused:
+                return script(request)
+            refused.append(request.request_id)
+            return completion
+
+        return answer
+
+    run = run_world(replace(BUSY, num_samples=1), policy=two_drafts, wrap=wrap)
+    assert len(refused) == 1
+    assert _account(run) == _seen(run)
+
+
+def _account(run: Run) -> dict[Phase, tuple[int, int, int, int]]:
+    return {
+        phase: (
+            sum(report.stats.phases[phase].num_requests for report in run.reports),
+            sum(report.stats.phases[phase].num_prompt_tokens for report in run.reports),
+            sum(report.stats.phases[phase].num_cached_tokens for report in run.reports),
+            sum(report.stats.phases[phase].num_generated_tokens for report in run.reports),
+        )
+        for phase in Phase
+    }
+
+
+def _seen(run: Run) -> dict[Phase, tuple[int, int, int, int]]:
+    """The same figures from the engines' side."""
+    seen = {phase: (0, 0, 0, 0) for phase in Phase}
+    for role, engine in run.engines.items():
+        requests = {request.request_id: request for request in engine.requests}
+        for completion in engine.completions:
+            request = requests[completion.request_id]
+            figures = (1, len(request.prompt_token_ids), completion.num_cached_tokens, len(completion.token_ids))
+            phase = _phase(run.world, role, request)
+            seen[phase] = tuple(map(sum, zip(seen[phase], figures, strict=True)))  # type: ignore[assignment]
+    return seen
+
+
+def _generated(stats: list[RoundStats]) -> dict[Phase, int]:
+    return {phase: sum(item.phases[phase].num_generated_tokens for item in stats) for phase in Phase}
+
+
+def _phase(world: World, role: Role, request: Request) -> Phase:
+    """What a request is for, from what it asks: grades want log-probabilities, answers come after think-close."""
+    if _is_grade(request):
+        return Phase.grade
+    if _is_answer(world, role, request):
+        return Phase.answer
+    return Phase.draft if role is Role.draft else Phase.rewrite
+
+
+def _is_grade(request: Request) -> bool:
+    return bool(request.sampling.logprob_token_ids)
+
+
+def _is_answer(world: World, role: Role, request: Request) -> bool:
+    return request.prompt_token_ids[-1] == world.formats[role].think_close_id
+
+
+def _nonzero(*sizes: int) -> list[int]:
+    return [size for size in sizes if size]
+
+
+def _stop_after(run: Run, num_completions: int) -> None:
+    if sum(len(engine.completions) for engine in run.engines.values()) >= num_completions:
+        raise Stopped("enough")
