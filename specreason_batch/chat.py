@@ -173,7 +173,7 @@ class ChatFormat:
 
     def _single_special(self, text: str) -> int:
         if text in self.special_ids:
-            return self.special_ids[text]
+            return int(self.special_ids[text])
         ids = self.encode_text(text)
         if len(ids) != 1:
             raise InvalidInput(
