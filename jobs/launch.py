@@ -15,6 +15,8 @@ from specreason_batch.engine import EngineAborted, EngineDead
 from specreason_batch.schedules import Stopped
 from specreason_batch.types import InvalidInput
 
+BATCH_LOG_WIDTH = 140  # columns of a table where there is no terminal
+
 
 class ExitStatus(IntEnum):
     """How a job ended (docs/slurm.md)."""
@@ -22,6 +24,7 @@ class ExitStatus(IntEnum):
     finished = 0
     failed = 1  # an engine died, the disk is full ...; what was committed is safe
     invalid = 2  # configuration or input cannot be used; nothing was started
+    interrupted = 130  # a second Ctrl-C
     stopped = 75  # a signal: run me again (EX_TEMPFAIL)
 
 
@@ -43,7 +46,7 @@ def to_config(composed: DictConfig) -> GenerateConfig:
 def run_job(job: Callable[[Console], Any]) -> None:
     """Run a job; a user's mistake ends in one message and a non-zero status, never a traceback."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else BATCH_LOG_WIDTH)
     errors = Console(stderr=True)
     try:
         job(console)
@@ -53,6 +56,8 @@ def run_job(job: Callable[[Console], Any]) -> None:
         _leave(
             errors, f"stopped: {error}; finished chains are committed; run the same command again", ExitStatus.stopped
         )
+    except KeyboardInterrupt:
+        _leave(errors, "interrupted at once; what is committed is safe", ExitStatus.interrupted)
     except (EngineDead, OSError) as error:
         _leave(errors, f"failed: {error}; what is committed is safe; run the same command again", ExitStatus.failed)
 

@@ -44,7 +44,7 @@ class Progress:
     def introduce(self, plan: Plan) -> None:
         """The models, the vocabulary case, and the first prompt exactly as each role gets it."""
         config = plan.config
-        self._print(f"[bold]{config.name}[/bold]: policy {config.policy.name}, output {config.output_dir}")
+        self._print(f"{config.name}: policy {config.policy.name}, output {config.output_dir}", style="bold")
         for role in plan.formats:
             self._print(f"{role}: {config.engine(role).model}")
         self._print(f"vocabularies: {plan.vocabulary_case or 'single'} ({_CASES[plan.vocabulary_case]})")
@@ -66,7 +66,7 @@ class Progress:
         """Say what goes on, and how long it took."""
         began = time.monotonic()
         yield
-        self._print(f"{what} [dim]({time.monotonic() - began:.1f} s)[/dim]")
+        self._print(f"{what} ({time.monotonic() - began:.1f} s)")
 
     def engine_ready(self, role: Role, info: EngineInfo, cache: CacheProbe) -> None:
         self._print(
@@ -74,8 +74,9 @@ class Progress:
         )
         if not cache.hits:
             self._print(
-                f"[bold red]{role} engine: its prefix cache does not hit ({cache.num_prompt_tokens} tokens sent twice, "
-                "none cached): every step and grade computes its whole chain again[/bold red]"
+                f"{role} engine: its prefix cache does not hit ({cache.num_prompt_tokens} tokens sent twice, "
+                "none cached): every step and grade computes its whole chain again",
+                style="bold red",
             )
 
     # --- during the run ---
@@ -142,10 +143,11 @@ class Progress:
             self._print(
                 f"first prompt ({prompt.prompt_id}) as the {role} gets it, {len(chat.opening(prompt.prompt))} tokens:"
             )
-            self._console.print(Text(chat.opening_text(prompt.prompt), style="cyan"))
+            self._print(chat.opening_text(prompt.prompt), style="cyan")
 
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+    def _print(self, text: str, style: str = "") -> None:
+        """As it is: no markup, no wrapping."""
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

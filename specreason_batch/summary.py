@@ -19,6 +19,8 @@ class Summary:
     accuracy: float | None  # right answers by chains with a gold answer; None: no gold answers
     num_gold: int
     thinking_ends: dict[str, int]
+    step_ends: dict[str, int]
+    num_unsplit_blank_lines: int
     mean_steps: float
     draft_step_share: float  # kept steps written by the draft
     acceptance: float | None  # accepted by decided drafts; None: nothing was decided
@@ -53,14 +55,15 @@ def summarise(output_dir: Path) -> Summary | None:
         rejected=pl.col("rejected_num_tokens").sum(),
     ).collect()
     total = rounds.select(pl.all().exclude("round", "started_at").sum()).collect().row(0, named=True)
-    num_chains = chains.select(pl.len()).collect().item()
+    num_chains, unsplit = chains.select(pl.len(), pl.col("num_unsplit_blank_lines").sum()).collect().row(0)
     prompt_tokens = sum(total[f"{phase}_num_prompt_tokens"] for phase in Phase)
-    ends = chains.group_by("thinking_end").len().sort("len", descending=True).collect()
     return Summary(
         num_chains=num_chains,
         accuracy=right / gold if gold else None,
         num_gold=gold,
-        thinking_ends=dict(ends.iter_rows()),
+        thinking_ends=_counts(chains, "thinking_end"),
+        step_ends=_counts(steps, "ended_by"),
+        num_unsplit_blank_lines=unsplit,
         mean_steps=step["count"].item() / num_chains,
         draft_step_share=step["draft"].item() or 0.0,
         acceptance=step["acceptance"].item(),
@@ -74,6 +77,11 @@ def summarise(output_dir: Path) -> Summary | None:
         seconds=total["seconds"],
         phase_seconds={name: total[f"{name}_seconds"] for name in ("draft", "grade", "rewrite")},
     )
+
+
+def _counts(rows: pl.LazyFrame, column: str) -> dict[str, int]:
+    """How often each value stands there, most frequent first."""
+    return dict(rows.group_by(column).len().sort("len", column, descending=True).collect().iter_rows())
 
 
 def _count_right(chains: pl.LazyFrame) -> tuple[int, int]:
@@ -95,23 +103,30 @@ def summary_table(summary: Summary, title: str) -> Table:
 
 
 def _lines(summary: Summary) -> list[tuple[str, str]]:
-    ends = ", ".join(f"{end} {count}" for end, count in summary.thinking_ends.items())
-    tokens = ", ".join(f"{phase} {count:,}" for phase, count in summary.tokens.items())
     lines = [
-        ("chains", f"{summary.num_chains:,} ({ends})"),
+        ("chains", f"{summary.num_chains:,} ({_listed(summary.thinking_ends)})"),
         ("accuracy", _accuracy(summary)),
         ("steps a chain", f"{summary.mean_steps:.1f}, {summary.draft_step_share:.1%} of them by the draft"),
         ("drafts accepted", "-" if summary.acceptance is None else f"{summary.acceptance:.1%}"),
-        ("tokens generated", f"{tokens}; {summary.rejected_tokens:,} of the draft's rejected"),
+        ("steps ended by", _listed(summary.step_ends)),
+        ("tokens generated", f"{_listed(summary.tokens)}; {summary.rejected_tokens:,} of the draft's rejected"),
         ("prompt tokens cached", f"{summary.cached_share:.1%}"),
         ("rounds, wall-clock", f"{summary.seconds:.1f} s, {summary.chains_per_second:.1f} chains/s"),
     ]
     if summary.num_graded:
         lines.insert(4, ("grades", _grades(summary)))
+    if summary.num_unsplit_blank_lines:
+        lines.append(
+            ("blank lines of two tokens", f"{summary.num_unsplit_blank_lines:,} steps hold one; it ends no step")
+        )
     if any(summary.phase_seconds.values()):
         shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phase_seconds.items())
         lines.append(("by phase", shares))
     return lines
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _accuracy(summary: Summary) -> str:

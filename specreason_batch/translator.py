@@ -71,7 +71,7 @@ class ThinkingText:
 
     text: str
     spans: list[tuple[int, int]]  # character offsets [start, end) by step
-    num_inner_blank_lines: int  # blank lines that ended no step, being made of several tokens
+    num_unsplit_blank_lines: int  # steps that hold a blank line which ended no step, being made of several tokens
 
 
 class Translator:
@@ -146,13 +146,13 @@ class Translator:
         A character whose bytes are split over two steps belongs to the later one. Linear in the chain's length.
         """
         bodies = [step.written.token_ids for step in chain.steps]
-        ends, inner, length = [], 0, 0
+        ends, unsplit, length = [], 0, 0
         for body, before in zip(bodies, [(), *bodies], strict=False):
             known = self._decode_whole(before)
             piece = self._decode_whole((*before, *body))[len(known) :]
             length += len(piece)
             ends.append(length)
-            inner += BLANK_LINE in piece.rstrip("\n")
+            unsplit += BLANK_LINE in piece.rstrip("\n")
         text = self._decode(tuple(id for body in bodies for id in body))
         if ends and ends[-1] != len(
             text.rstrip(_HELD_BACK)
@@ -160,7 +160,7 @@ class Translator:
             ends = self._ends_from_prefixes(bodies)
         if ends:
             ends[-1] = len(text)
-        return ThinkingText(text, list(zip([0, *ends[:-1]], ends, strict=True)) if ends else [], inner)
+        return ThinkingText(text, list(zip([0, *ends[:-1]], ends, strict=True)) if ends else [], unsplit)
 
     def step_text(self, step: WrittenStep) -> str:
         return self._decode(step.token_ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from specreason_batch.translator import Translator
+from specreason_batch.translator import ThinkingText, Translator
 from specreason_batch.types import AnswerEnd, Chain, Phase, Role, RoundStats, Step
 
 SCHEMA_VERSION = "1"
@@ -31,6 +31,7 @@ CHAINS = _schema(
     thinking_end=_TEXT,
     answer_end=_TEXT,
     num_steps=_INT,
+    num_unsplit_blank_lines=_INT,
     num_draft_tokens_kept=_INT,
     num_draft_tokens_rejected=_INT,
     num_base_tokens=_INT,
@@ -106,20 +107,21 @@ def chain_rows(
     ]
     gold = {"gold_answer": chain.prompt.gold_answer} if has_gold_answer else {}
     extra = {f"input_{name}": value for name, value in chain.prompt.extra.items()}
-    return _chain_row(chain, thinking.text, translator) | gold | extra, steps
+    return _chain_row(chain, thinking, translator) | gold | extra, steps
 
 
-def _chain_row(chain: Chain, thinking: str, translator: Translator) -> dict[str, Any]:
+def _chain_row(chain: Chain, thinking: ThinkingText, translator: Translator) -> dict[str, Any]:
     drafted = [step for step in chain.steps if step.written.author is Role.draft]
     return {
         "prompt_id": chain.prompt.prompt_id,
         "sample_index": chain.sample_index,
         "prompt": chain.prompt.prompt,
-        "thinking": thinking,
+        "thinking": thinking.text,
         "answer": translator.answer_text(chain.answer) if chain.answer else None,
         "thinking_end": chain.thinking_end,
         "answer_end": chain.answer.ended if chain.answer else AnswerEnd.none,
         "num_steps": len(chain.steps),
+        "num_unsplit_blank_lines": thinking.num_unsplit_blank_lines,
         "num_draft_tokens_kept": sum(step.written.num_tokens for step in drafted),
         "num_draft_tokens_rejected": sum(step.rejected.num_tokens for step in chain.steps if step.rejected),
         "num_base_tokens": sum(step.written.num_tokens for step in chain.steps if step.written.author is Role.base),
