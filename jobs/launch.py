@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -40,7 +41,19 @@ def to_config(composed: DictConfig) -> GenerateConfig:
         raise InvalidInput("\n".join(f"{name}: not set; it needs a value" for name in missing))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, GenerateConfig)
+    if unknown := list(_unknown_fields(config)):
+        raise InvalidInput("\n".join(f"{name}: no such field" for name in unknown))
     return config
+
+
+def _unknown_fields(section: Any, path: str = "") -> Iterator[str]:
+    """Fields that Hydra's `+` has added beside the schema: a typo that would silently do nothing."""
+    known = {field.name for field in fields(section)}
+    for name, value in vars(section).items():
+        if name not in known:
+            yield f"{path}{name}"
+        elif is_dataclass(value):
+            yield from _unknown_fields(value, f"{path}{name}.")
 
 
 def run_job(job: Callable[[Console], Any]) -> None:

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from specreason_batch.types import InvalidInput, Role
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SYSTEM, USER, REPLY, QUESTION = (f"<<sentinel-{name}-4f1c>>" for name in ("system", "user", "reply", "question"))
+_SENTINELS = re.compile("|".join(map(re.escape, (SYSTEM, USER, REPLY, QUESTION))))
 
 
 class VocabularyCase(StrEnum):
@@ -60,7 +63,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self._markup: Tokenizer = tokenizer.backend_tokenizer
         self._plain = _without_added_tokens(self._markup)
-        self.special_ids = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+        # Runs of blanks that some tokenizers add are ordinary text; every other added token is markup.
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_ids = {token.content: id for id, token in added if token.special or token.content.strip()}
         self._special_pattern = _alternatives(self.special_ids)
         self.think_close_id = self._single_special(options.think_close)
         eos = {*eos_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
@@ -140,15 +145,7 @@ class ChatFormat:
             raise InvalidInput(
                 f"{self.role} model: its tokenizer has no chat template; give one with {self.role}.chat.template"
             )
-        text = str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.options.template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **(self.options.template_kwargs or {}),
-            )
-        )
+        text = self._apply_template(messages)
         for sentinel in [message["content"] for message in messages]:
             if sentinel not in text and sentinel.strip() not in text:
                 raise InvalidInput(f"{self.role} model: its chat template drops the {sentinel.split('-')[1]} turn")
@@ -156,10 +153,22 @@ class ChatFormat:
             return text
         return f"{text}{self.options.think_open}\n"
 
+    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.options.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(self.options.template_kwargs or {}),
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InvalidInput(f"{self.role} model: its chat template does not take {roles}: {error}") from error
+        return str(text)
+
     def _fill(self, text: str, contents: Mapping[str, str]) -> str:
-        for sentinel, content in contents.items():
-            text = text.replace(sentinel, content.strip() if self._trims else content)
-        return text
+        return _SENTINELS.sub(lambda found: _trimmed(contents[found[0]], self._trims), text)
 
     def _encode(self, rendered: str, contents: Mapping[str, str]) -> list[int]:
         """Special tokens of the template become their ids; the text between them, contents included, is plain."""
@@ -193,7 +202,7 @@ def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_
         raise InvalidInput(f"{role}.model: {what} {model!r} ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidInput(f"{role}.model: {model!r} has no fast tokenizer (tokenizer.json)")
-    return ChatFormat(role, tokenizer, options, _generation_eos_ids(Path(model)))
+    return ChatFormat(role, tokenizer, options, _generation_eos_ids(model))
 
 
 def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
@@ -204,11 +213,14 @@ def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
     return VocabularyCase.same if same else VocabularyCase.other_specials
 
 
-def _generation_eos_ids(model: Path) -> list[int]:
-    path = model / "generation_config.json"
-    if not path.is_file():
+def _generation_eos_ids(model: str) -> list[int]:
+    """End-of-text ids beyond the tokenizer's one, from the model's generation configuration if it has any."""
+    from transformers.utils import cached_file
+
+    path = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
         return []
-    eos = json.loads(path.read_text()).get("eos_token_id") or []
+    eos = json.loads(Path(path).read_text()).get("eos_token_id") or []
     return [eos] if isinstance(eos, int) else list(eos)
 
 
@@ -228,6 +240,10 @@ def _alternatives(tokens: Mapping[str, int]) -> re.Pattern[str] | None:
         return None
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _trimmed(text: str, trims: bool) -> str:
+    return text.strip() if trims else text
 
 
 def _user(content: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from specreason_batch.policies import POLICIES, PolicySpec, Rules
 from specreason_batch.store.manifest import claim_output, file_identity, fingerprint_fields
 from specreason_batch.store.parts import ChainKey, ShardPaths, check_source
 from specreason_batch.store.prompts import PromptShard, Reject, list_shards
-from specreason_batch.store.reading import acceptance_rate, rejected_prompt_ids
+from specreason_batch.store.reading import acceptance_rate, rejected_rows
 from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import Chain, InvalidInput, Policy, Prompt, Role
 
@@ -28,7 +28,7 @@ class ShardPlan:
     paths: ShardPaths
     source: str  # identity of the input file
     done: set[ChainKey]
-    num_chains: int  # to be made in all, counting rows that may turn out unusable
+    num_chains: int  # to be made in all; falls as rows turn out unusable
 
     @property
     def num_done(self) -> int:
@@ -90,7 +90,7 @@ def open_chains(plan: Plan, shard: ShardPlan, rejects: list[Reject]) -> Iterator
     """The shard's chains that are not done yet, in order; unusable rows are appended to `rejects`."""
     for item in shard.shard.prompts(plan.config.limit):
         if isinstance(item, Reject):
-            rejects.append(item)
+            _reject(plan, shard, rejects, item)
             continue
         for sample_index in range(plan.config.samples_per_prompt):
             if (item.prompt_id, sample_index) in shard.done:
@@ -98,8 +98,13 @@ def open_chains(plan: Plan, shard: ShardPlan, rejects: list[Reject]) -> Iterator
             try:
                 yield plan.translator.open(item, sample_index)
             except InvalidInput as error:
-                rejects.append(_prompt_reject(item, shard, str(error)))
+                _reject(plan, shard, rejects, _prompt_reject(item, shard, str(error)))
                 break
+
+
+def _reject(plan: Plan, shard: ShardPlan, rejects: list[Reject], reject: Reject) -> None:
+    rejects.append(reject)
+    shard.num_chains -= plan.config.samples_per_prompt
 
 
 def _prompt_reject(prompt: Prompt, shard: ShardPlan, reason: str) -> Reject:
@@ -186,10 +191,10 @@ def _shard_plan(shard: PromptShard, output_dir: Path, config: GenerateConfig) ->
 
 def _has_work(plan: ShardPlan, config: GenerateConfig) -> bool:
     """Whether any chain is neither done nor known to be impossible."""
-    rejected = rejected_prompt_ids(plan.paths)
+    unusable = rejected_rows(plan.paths)
     return any(
         (prompt.prompt_id, sample_index) not in plan.done
         for prompt in plan.shard.prompts(config.limit)
-        if isinstance(prompt, Prompt) and prompt.prompt_id not in rejected
+        if isinstance(prompt, Prompt) and prompt.row not in unusable
         for sample_index in range(config.samples_per_prompt)
     )

@@ -34,7 +34,8 @@ class Progress:
         self._console = console
         self._seconds = seconds
         self._live: Live | None = None
-        self._total = self._done = self._given_up = 0
+        self._plan: Plan | None = None
+        self._done = self._given_up = 0
         self._accepted = self._decided = self._active = 0
         self._window: deque[tuple[float, int, int]] = deque()  # (time, tokens, chains) by round
         self._last_line = time.monotonic()
@@ -56,7 +57,7 @@ class Progress:
     def found(self, plan: Plan) -> None:
         """How much is done already."""
         shards = len(plan.pending) + len(plan.finished)
-        self._total, self._done = plan.num_chains, plan.num_done
+        self._plan, self._done = plan, plan.num_done
         self._print(
             f"{plan.num_chains} chains in {shards} shard(s): {plan.num_done} done, {len(plan.pending)} shard(s) to go"
         )
@@ -116,11 +117,12 @@ class Progress:
         """Chains done, active, acceptance, tokens/s, ETA."""
         tokens_per_second, chains_per_second = self._rates()
         acceptance = f"{self._accepted / self._decided:.0%}" if self._decided else "-"
-        left = max(0, self._total - self._done)
+        total = self._plan.num_chains if self._plan else 0
+        left = max(0, total - self._done)
         eta = _duration(left / chains_per_second) if chains_per_second else "?"
         given_up = f" · {self._given_up} given up" if self._given_up else ""
         return (
-            f"{self._done}/{self._total} chains · {self._active} active · {acceptance} of drafts accepted · "
+            f"{self._done}/{total} chains · {self._active} active · {acceptance} of drafts accepted · "
             f"{tokens_per_second:.0f} tokens/s · ETA {eta}{given_up}"
         )
 

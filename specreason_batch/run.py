@@ -16,7 +16,7 @@ from specreason_batch.schedules import SCHEDULES, Driver, Stopped, continuous
 from specreason_batch.store.parts import ShardWriter
 from specreason_batch.store.prompts import Reject
 from specreason_batch.store.schemas import chain_rows, chains_schema, round_row
-from specreason_batch.types import Chain, Role
+from specreason_batch.types import Chain, Role, RoundReport
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -99,12 +99,13 @@ def run_shard(
     progress.shard(shard)
     try:
         for report in schedule(driver, chains, plan.config.schedule.active_size):
-            for chain in report.finished:
-                _add_chain(plan, shard, writer, chain)
-            writer.add_round(round_row(report.stats))
+            _add_report(plan, shard, writer, report)
             writer.commit_if_due()
             progress.round(report)
         writer.write_input_rejects(rejects)
+    except BaseException:
+        _add_report(plan, shard, writer, driver.end_round())  # of the round that was cut short
+        raise
     finally:
         writer.commit()
         driver.abandon()
@@ -120,9 +121,11 @@ def _writer(plan: Plan, shard: ShardPlan) -> ShardWriter:
     )
 
 
-def _add_chain(plan: Plan, shard: ShardPlan, writer: ShardWriter, chain: Chain) -> None:
-    row, steps = chain_rows(chain, plan.translator, shard.shard.has_gold_answer)
-    writer.add_chain(row, steps, _chain_reject(shard, chain) if chain.error else None)
+def _add_report(plan: Plan, shard: ShardPlan, writer: ShardWriter, report: RoundReport) -> None:
+    for chain in report.finished:
+        row, steps = chain_rows(chain, plan.translator, shard.shard.has_gold_answer)
+        writer.add_chain(row, steps, _chain_reject(shard, chain) if chain.error else None)
+    writer.add_round(round_row(report.stats))
 
 
 def _chain_reject(shard: ShardPlan, chain: Chain) -> Reject:

@@ -145,18 +145,20 @@ class Translator:
 
         A character whose bytes are split over two steps belongs to the later one. Linear in the chain's length.
         """
-        bodies = [step.written.token_ids for step in chain.steps]
         ends, unsplit, length = [], 0, 0
-        for body, before in zip(bodies, [(), *bodies], strict=False):
+        before: tuple[int, ...] = ()
+        for step in chain.steps:
+            body = step.written.token_ids
             known = self._decode_whole(before)
             piece = self._decode_whole((*before, *body))[len(known) :]
             length += len(piece)
             ends.append(length)
-            unsplit += BLANK_LINE in piece.rstrip("\n")
+            unsplit += self._has_unsplit_blank_line(step.written)
+            # One step is context enough, unless it leaves a character incomplete.
+            before = body if body and not self._decode(body).endswith(_HELD_BACK) else (*before, *body)
+        bodies = [step.written.token_ids for step in chain.steps]
         text = self._decode(tuple(id for body in bodies for id in body))
-        if ends and ends[-1] != len(
-            text.rstrip(_HELD_BACK)
-        ):  # a tokenizer that decodes with more context than one step
+        if ends and ends[-1] != len(text.rstrip(_HELD_BACK)):  # a tokenizer that decodes with more context than that
             ends = self._ends_from_prefixes(bodies)
         if ends:
             ends[-1] = len(text)
@@ -225,6 +227,11 @@ class Translator:
     def _decode_whole(self, ids: Sequence[int]) -> str:
         """Without what is still incomplete at its end."""
         return self._decode(ids).rstrip(_HELD_BACK)
+
+    def _has_unsplit_blank_line(self, step: WrittenStep) -> bool:
+        """Whether it holds a blank line besides the token that ended it."""
+        ids = step.token_ids[:-1] if step.ended_by is EndedBy.blank_line else step.token_ids
+        return BLANK_LINE in self._decode(ids)
 
     def _ends_from_prefixes(self, bodies: list[tuple[int, ...]]) -> list[int]:
         prefix: tuple[int, ...] = ()

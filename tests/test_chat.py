@@ -121,7 +121,7 @@ def test_an_opening_is_the_templates_own_tokens(family: str, prompt: str) -> Non
 
 @EVERY_FAMILY
 def test_a_templates_own_stripping_of_earlier_thinking_does_not_reach_the_chain(family: str) -> None:
-    """What is appended in between is never seen by the template: opening + steps + turn change is one plain sequence."""
+    """The template never sees the steps: opening, steps and turn change are one plain sequence."""
     made = chat(family)
     steps = made.encode_text(" so\n\n we add\n\n")
     whole = made.decode([*made.opening("x"), *steps, *made.turn_change("Grade?", "Grade: ")])

@@ -110,7 +110,18 @@ def test_a_library_is_imported_in_its_own_place_only(library: str) -> None:
 @pytest.mark.parametrize("module", sorted(STANDARD_ONLY))
 def test_the_method_knows_no_library(module: str) -> None:
     """No hydra, no pyarrow, no vllm: what the method is can be read and tested with Python alone."""
-    libraries = {"hydra", "omegaconf", "pyarrow", "polars", "vllm", "torch", "transformers", "tokenizers", "rich", "numpy"}
+    libraries = {
+        "hydra",
+        "omegaconf",
+        "pyarrow",
+        "polars",
+        "vllm",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "rich",
+        "numpy",
+    }
     assert not outside_imports(MODULES[module]) & libraries
 
 
@@ -142,5 +153,7 @@ def test_vllm_is_imported_only_when_an_engine_is_built() -> None:
 
 
 def test_entry_points_are_imported_by_nobody() -> None:
-    importers = [path for paths in MODULES.values() for path in paths if any(n.startswith("jobs") for n in imports(path))]
+    importers = [
+        path for paths in MODULES.values() for path in paths if any(n.startswith("jobs") for n in imports(path))
+    ]
     assert importers == []

@@ -1,4 +1,4 @@
-"""Log-probabilities to grades: every probability kept, unreadable is null and never zero (docs/design.md, section 5)."""
+"""Log-probabilities to grades: all are kept, and unreadable is null, never zero (docs/design.md, section 5)."""
 
 import math
 from typing import Any

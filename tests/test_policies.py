@@ -266,7 +266,7 @@ def test_the_same_step_three_times_running_ends_thinking_and_another_between_doe
 def test_steps_of_white_space_alone_are_no_progress() -> None:
     blanks = run_scripted({Role.draft: ["\n\n"] * 9})
     assert (blanks.thinking_end, len(blanks.steps)) == (ThinkingEnd.repetition, 3)
-    between = run_scripted({Role.draft: ["so\n\n", "\n\n", "so\n\n"] + ["we\n\n"]})
+    between = run_scripted({Role.draft: ["so\n\n", "\n\n", "so\n\n", "we\n\n"]})
     assert (between.thinking_end, len(between.steps)) == (ThinkingEnd.repetition, 3)
 
 

@@ -1,4 +1,4 @@
-"""Schedules decide when requests run and nothing else: every one gives the plain loop's rows (docs/design.md, 3 and 5)."""
+"""Schedules decide when requests run, nothing else: each gives the plain loop's rows (docs/design.md, 3 and 5)."""
 
 from collections import Counter
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_the_worlds_of_these_tests_reach_every_end() -> None:
     steps: Counter[tuple[str, Any]] = Counter()
     for seed in range(30):
         for changes in ({}, {"windows": (130, 125)}, {"stuck_rate": 0.9}, {"blank_line": False, "policy": "random"}):
-            for chain, rows in plain_rows(replace(World(seed=seed), **changes)).values():  # type: ignore[arg-type]
+            for chain, rows in plain_rows(replace(World(seed=seed), **changes)).values():
                 ends.update([chain["thinking_end"], chain["answer_end"]])
                 steps.update((name, row[name]) for row in rows for name in ("ended_by", "accepted"))
                 steps.update(("unreadable", True) for row in rows if row["digit_mass"] is not None and not row["score"])
@@ -109,7 +109,7 @@ def test_lockstep_makes_one_batch_of_all_drafts_one_of_all_grades_one_of_all_rew
         written = sum(step.written.author is Role.base for step in steps)
         assert [len(batch) for batch in batches[Role.draft]] == _nonzero(drafted)
         assert [len(batch) for batch in batches[Role.base]] == _nonzero(graded, written + len(report.finished))
-        assert all(_is_grade(request) for request in batches[Role.base][0]) or not graded
+        assert not graded or all(_is_grade(request) for request in batches[Role.base][0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -414,7 +414,7 @@ def _account(run: Run) -> dict[Phase, tuple[int, int, int, int]]:
 
 def _seen(run: Run) -> dict[Phase, tuple[int, int, int, int]]:
     """The same figures from the engines' side."""
-    seen = {phase: (0, 0, 0, 0) for phase in Phase}
+    seen = dict.fromkeys(Phase, (0, 0, 0, 0))
     for role, engine in run.engines.items():
         requests = {request.request_id: request for request in engine.requests}
         for completion in engine.completions:

@@ -16,7 +16,7 @@ from specreason_batch.store import parts as parts_module
 from specreason_batch.store.manifest import claim_output, file_identity, fingerprint, fingerprint_fields, read_manifest
 from specreason_batch.store.parts import ShardPaths, ShardWriter, check_source, commit_table
 from specreason_batch.store.prompts import PromptShard, Reject, list_shards
-from specreason_batch.store.reading import acceptance_rate, rejected_prompt_ids, scan
+from specreason_batch.store.reading import acceptance_rate, rejected_rows, scan
 from specreason_batch.store.schemas import (
     CHAINS,
     REJECTS,
@@ -45,8 +45,8 @@ def run() -> Run:
 
 def test_row_keys_are_the_schemas_names(run: Run) -> None:
     """`Table.from_pylist` drops an unknown key and nulls a misspelt one without a word."""
-    chain = run.finished[0]
-    chain.prompt = replace(chain.prompt, gold_answer="4", extra={"level": 3, "tags": ["a"]})
+    prompt = replace(run.finished[0].prompt, gold_answer="4", extra={"level": 3, "tags": ["a"]})
+    chain = replace(run.finished[0], prompt=prompt)
     row, steps = chain_rows(chain, run.translator, has_gold_answer=True)
     assert set(row) == set(chains_schema(EXTRA, has_gold_answer=True).names)
     assert all(set(step) == set(STEPS.names) for step in steps) and steps
@@ -135,7 +135,7 @@ def failing_write(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 raise OSError(28, "No space left on device")
             whole(table, file, **options)
 
-        monkeypatch.setattr(parts_module.pq, "write_table", write)
+        monkeypatch.setattr(pq, "write_table", write)
 
     return fail_at
 
@@ -247,7 +247,7 @@ def test_a_part_closes_at_its_size(tmp_path: Path, num_chains: int, expected: in
 
 def test_a_part_closes_at_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(parts_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     writer = writer_at(tmp_path, seconds_per_part=600.0)
     now += 700.0
     writer.commit_if_due()
@@ -302,7 +302,7 @@ def test_output_of_another_input_is_refused(tmp_path: Path) -> None:
     add(writer, "a")
     writer.commit()
     check_source(ShardPaths(tmp_path), "5:abc")
-    with pytest.raises(InvalidInput, match="another content of this input shard .5:abc, now 6:xyz."):
+    with pytest.raises(InvalidInput, match=r"another content of this input shard \(5:abc, now 6:xyz\)"):
         check_source(ShardPaths(tmp_path), "6:xyz")
 
 
@@ -311,10 +311,10 @@ def test_input_rejects_are_put_in_place_and_taken_away(tmp_path: Path) -> None:
     reject = Reject(prompt_id="x", sample_index=None, file="f", row=3, reason="empty")
     for _ in range(2):
         writer.write_input_rejects([reject])
-    assert rejected_prompt_ids(ShardPaths(tmp_path)) == {"x"}
+    assert rejected_rows(ShardPaths(tmp_path)) == {3}
     assert pq.read_table(tmp_path / "rejects" / "input.parquet").to_pylist() == [reject.as_row()]
     writer.write_input_rejects([])
-    assert rejected_prompt_ids(ShardPaths(tmp_path)) == set()
+    assert rejected_rows(ShardPaths(tmp_path)) == set()
 
 
 def test_acceptance_is_accepted_by_decided_steps(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_run_that_graded_nothing_has_no_acceptance(tmp_path: Path, what: str) 
         writer = writer_at(tmp_path / "shard")
         add(writer, "a")
         writer.commit()
-    with pytest.raises(InvalidInput, match="policy.match_run: .*no graded steps"):
+    with pytest.raises(InvalidInput, match=r"policy\.match_run: .*no graded steps"):
         acceptance_rate(tmp_path)
 
 
@@ -377,9 +377,7 @@ def test_integer_ids_are_text_and_gold_answers_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(None, 2500), (1, 1), (1500, 1500), (9999, 2500)])
-def test_a_limit_takes_the_first_rows_over_any_number_of_batches(
-    tmp_path: Path, limit: int | None, rows: int
-) -> None:
+def test_a_limit_takes_the_first_rows_over_any_number_of_batches(tmp_path: Path, limit: int | None, rows: int) -> None:
     shard = shard_of(tmp_path, prompt_id=list(range(2500)), prompt=["x"] * 2500)
     assert [item.prompt_id for item in shard.prompts(limit)] == [str(index) for index in range(rows)]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from specreason_batch.translator import Translator
 from specreason_batch.types import (
     AnswerEnd,
+    Ask,
     Chain,
     Completion,
     EndedBy,
@@ -126,7 +127,7 @@ def test_blank_lines_that_ended_no_step_are_counted() -> None:
     for text in (" so", " we"):
         chain.append(written([*ids_of(text), *newline, *newline, *ids_of("x\n\n")]))
     chain.append(written(ids_of(" add\n\n")))
-    assert translator().thinking(chain).num_inner_blank_lines == 2
+    assert translator().thinking(chain).num_unsplit_blank_lines == 2
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_requests_seed_depends_on_everything_that_makes_it_another_request() -
                 chain = made.open(Prompt(prompt_id=prompt_id, prompt="so"), sample_index)
                 for _ in range(2):
                     writes = [Write(Role.draft), Write(Role.draft, 1), Write(Role.base)]
-                    asks = [*writes, WriteAnswer(), WriteAnswer(Role.draft)]
+                    asks: list[Ask] = [*writes, WriteAnswer(), WriteAnswer(Role.draft)]
                     seeds |= {made.request(chain, ask, "0").seed for ask in asks}
                     chain.append(written(ids_of(" so\n\n")))
     assert len(seeds) == 2 * 2 * 2 * 2 * 5
@@ -392,9 +393,44 @@ def _joined(bodies: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def _cut(ids: list[int], sizes: list[int]) -> list[list[int]]:
-    bodies, place = [], 0
+    bodies: list[list[int]] = []
+    place = 0
     while place < len(ids):
         size = sizes[len(bodies) % len(sizes)]
         bodies.append(ids[place : place + size])
         place += size
     return bodies
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["\n", "\n", " so", "x", ".\n\n", "\n\n", "<tool>"]), max_size=40),
+    max_tokens=st.integers(2, 12),
+)
+@example(pieces=["x", "\n", "\n", "<tool>"], max_tokens=12)
+@example(pieces=["x", "\n", "\n", "\n\n"], max_tokens=12)
+def test_a_step_with_a_blank_line_that_ended_none_is_counted_wherever_in_it_that_stands(
+    pieces: list[str], max_tokens: int
+) -> None:
+    """One that is not the step's last token, or that was followed by a mark which is no part of the body."""
+    chain = opened()
+    chain.limits = replace(chain.limits, thinking_tokens=100_000, repeated_steps=1000)
+    expected = 0
+    for ids in _steps_of([id for piece in pieces for id in ids_of(piece)], max_tokens):
+        step = written(ids, reason=FinishReason.length if len(ids) == max_tokens else FinishReason.stop)
+        body = list(step.token_ids)
+        before = body[:-1] if step.ended_by is EndedBy.blank_line else body
+        expected += "\n\n" in SAME.formats[Role.base].decode(before)
+        chain.append(step)
+    assert translator().thinking(chain).num_unsplit_blank_lines == expected
+
+
+def _steps_of(ids: list[int], max_tokens: int) -> list[list[int]]:
+    """As an engine would cut them: at stop tokens, and at a length."""
+    chat = SAME.formats[Role.base]
+    steps: list[list[int]] = [[]]
+    for id in ids:
+        steps[-1].append(id)
+        if id in chat.blank_line_ids or id in chat.marker_ids or len(steps[-1]) == max_tokens:
+            steps.append([])
+    return [step for step in steps if step]

@@ -19,14 +19,11 @@ def continuous(driver: Driver, chains: Iterator[Chain], active_size: int) -> Ite
     driver.submit(driver.refill(active, chains, active_size))
     while active:
         driver.begin_round(active)
-        began = time.monotonic()
-        finished: list[Chain] = []
-        while active and time.monotonic() - began < SLICE_SECONDS:
-            driver.submit([walk for walk in _poll_all(driver) if not walk.is_over])
-            finished += driver.finish(active)
+        slice_end = time.monotonic() + SLICE_SECONDS
+        while active and time.monotonic() < slice_end:
+            driver.submit(walk for walk in _poll_all(driver) if not walk.is_over)
             driver.submit(driver.refill(active, chains, active_size))
-        driver.stats.seconds = time.monotonic() - began
-        yield RoundReport(driver.stats, finished)
+        yield driver.end_round()
 
 
 def _poll_all(driver: Driver) -> list[Walk]:

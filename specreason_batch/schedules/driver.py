@@ -24,6 +24,7 @@ from specreason_batch.types import (
     Request,
     Result,
     Role,
+    RoundReport,
     RoundStats,
 )
 
@@ -91,6 +92,8 @@ class Driver:
     policy: Policy
     check_stop: Callable[[], None] = lambda: None  # raises Stopped
     stats: RoundStats = field(default_factory=lambda: RoundStats(0, time.time()))
+    _began: float = field(default_factory=time.monotonic)
+    _finished: list[Chain] = field(default_factory=list)
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _outstanding: dict[str, Outstanding] = field(default_factory=dict)
 
@@ -102,7 +105,8 @@ class Driver:
         return walk
 
     def refill(self, active: list[Walk], chains: Iterator[Chain], active_size: int) -> list[Walk]:
-        """Start chains until `active_size` walk or there are no more; returns the new ones."""
+        """Let those that are over leave; start chains until `active_size` walk or no more come; the new ones."""
+        active[:] = [walk for walk in active if not walk.is_over]
         new = [self.start(chain) for chain in itertools.islice(chains, max(0, active_size - len(active)))]
         active.extend(new)
         return new
@@ -135,26 +139,19 @@ class Driver:
         self.check_stop()
         for completion in self.engines[role].poll(timeout):
             walk, place, ask, request = self._outstanding.pop(completion.request_id)
-            if walk.is_over:  # given up over another of its asks
-                continue
+            self._account(walk, ask, request, completion)
             if completion.finish_reason is FinishReason.abort:
                 raise EngineAborted(f"the {role} engine cut request {completion.request_id} short")
-            self._account(walk, ask, request, completion)
+            if walk.is_over:  # given up over another of its asks
+                continue
             if completion.finish_reason is FinishReason.refused:
-                walk.give_up(f"the {role} engine refused a request: {completion.error}")
+                self._give_up(walk, f"the {role} engine refused a request: {completion.error}")
                 yield walk
                 continue
             walk.results[place] = self.translator.result(ask, completion)
             if not walk.waiting:
                 self._advance(walk)
                 yield walk
-
-    def finish(self, active: list[Walk]) -> list[Chain]:
-        """Take the walks that are over out of the active ones; their chains."""
-        over = [walk.chain for walk in active if walk.is_over]
-        active[:] = [walk for walk in active if not walk.is_over]
-        self.stats.num_finished += len(over)
-        return over
 
     def abandon(self) -> None:
         """Forget what is outstanding, so that the engines can be used again."""
@@ -164,17 +161,31 @@ class Driver:
 
     def begin_round(self, active: list[Walk]) -> None:
         self.stats = RoundStats(self.stats.round + 1, time.time(), num_active=len(active))
+        self._began = time.monotonic()
         for walk in active:
             walk.chain.round = self.stats.round
+
+    def end_round(self) -> RoundReport:
+        """The round's figures and the chains that ended in it, each handed out once; also for a round cut short."""
+        finished, self._finished = self._finished, []
+        self.stats.num_finished = len(finished)
+        self.stats.seconds = time.monotonic() - self._began
+        return RoundReport(self.stats, finished)
 
     def _advance(self, walk: Walk) -> None:
         walk.chain.usage.active_seconds = time.monotonic() - walk.started
         num_steps = len(walk.chain.steps)
         walk.advance()
+        if walk.is_over:
+            self._finished.append(walk.chain)
         for step in walk.chain.steps[num_steps:]:
             self.stats.num_accepted += step.accepted is True
             self.stats.num_rejected += step.accepted is False
             self.stats.num_unreadable += step.grade is not None and step.grade.score is None
+
+    def _give_up(self, walk: Walk, why: str) -> None:
+        walk.give_up(why)
+        self._finished.append(walk.chain)
 
     def _account(self, walk: Walk, ask: Ask, request: Request, completion: Completion) -> None:
         self.stats.phases[ask.phase].count(request, completion)

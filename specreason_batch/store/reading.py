@@ -28,12 +28,10 @@ def _files(shard: ShardPaths, kind: str) -> list[Path]:
     return shard.committed(kind)
 
 
-def rejected_prompt_ids(paths: ShardPaths) -> set[str]:
-    """Ids of input rows that were found unusable as a whole."""
+def rejected_rows(paths: ShardPaths) -> set[int]:
+    """Numbers of the input rows that were found unusable."""
     path = paths.file("rejects", "input")
-    if not path.is_file():
-        return set()
-    return {id for id in pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist() if id is not None}
+    return set(pq.read_table(path, columns=["row"])["row"].to_pylist()) if path.is_file() else set()
 
 
 def acceptance_rate(output_dir: Path) -> float:

@@ -28,7 +28,7 @@ def write_models(folder: Path) -> None:
     for role in Role:
         model = folder / role
         make_tokenizer().save_pretrained(model)
-        (model / "config.json").write_text(json.dumps({"model_type": "toy", "role": role}) + "\n")
+        (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "role": role}) + "\n")
         (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [297, 298]}) + "\n")
         header = json.dumps({"__metadata__": {"role": role}}).encode()
         (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))

@@ -11,7 +11,7 @@ from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.store.schemas import chain_rows
 from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import Chain, Completion, Policy, Prompt, Request, Role, RoundReport
-from tests.support.plain_loop import VOLATILE, Row
+from tests.support.plain_loop import COUNTED_ELSEWHERE, VOLATILE, Row
 from tests.support.worlds import World
 
 Script = Callable[[Request], Completion]
@@ -116,7 +116,7 @@ class Run:
 
 def _steady(row: Row) -> Row:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in row.items()}
-    return {name: value for name, value in plain.items() if name not in VOLATILE}
+    return {name: value for name, value in plain.items() if name not in (*VOLATILE, *COUNTED_ELSEWHERE)}
 
 
 def run_world(world: World, **settings: Any) -> Run:

@@ -94,10 +94,10 @@ def make_tokenizer(
     vocabulary, merges = _entries(blank_line, extra_words)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, clean_up_tokenization_spaces=False)
     made.chat_template = template

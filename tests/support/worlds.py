@@ -8,7 +8,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from random import Random
 
@@ -57,6 +57,9 @@ def _judge(reading: Reading, mass_floor: float, blank_line: bool) -> Judge:
     return Judge(_question(reading, mass_floor), chat_format(Role.base, "chatml", blank_line))
 
 
+USUAL_LIMITS = Limits(max_step_tokens=12, thinking_tokens=60)
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """Everything that a run's rows depend on."""
@@ -73,7 +76,7 @@ class World:
     answer_role: Role = Role.base
     reading: Reading = Reading.expected
     mass_floor: float = 0.5
-    limits: Limits = Limits(max_step_tokens=12, thinking_tokens=60)
+    limits: Limits = USUAL_LIMITS
     max_answer_tokens: int = 6
     temperature: float = 0.6
     windows: tuple[int, int] = (400, 400)  # draft, base
