@@ -18,13 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from specreason_batch.chain import Chain, Limits
 from specreason_batch.chat import ChatFormat, ChatOptions, load_chat_format
 from specreason_batch.engine import EngineInfo
 from specreason_batch.judge import Judge, Question
 from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.schedules import Driver, lockstep
 from specreason_batch.translator import Decoding, Translator, Voice
-from specreason_batch.types import Chain, Completion, FinishReason, Limits, Prompt, Request, Role
+from specreason_batch.types import Completion, FinishReason, Prompt, Request, Role
 
 TOY = Path(__file__).parent.parent / "examples" / "toy"
 LENGTHS = (100, 1_000, 10_000, 30_000)  # tokens of the prompt, and so of every request

@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from specreason_batch.chain import Limits
 from specreason_batch.chat import ChatOptions
 from specreason_batch.judge import DIGITS, Reading
-from specreason_batch.types import InvalidInput, Limits, Role
+from specreason_batch.types import InvalidInput, Role
 
 POLICY_NAMES = ("specreason", "base_only", "draft_only", "random")
 SCHEDULE_NAMES = ("lockstep", "continuous")

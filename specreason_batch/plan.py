@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from specreason_batch.chain import Chain, Policy
 from specreason_batch.chat import ChatFormat, VocabularyCase, compare_vocabularies, load_chat_format
 from specreason_batch.config import DecodingConfig, GenerateConfig, PolicyConfig
 from specreason_batch.judge import Judge, Question
@@ -17,7 +18,7 @@ from specreason_batch.store.parts import ChainKey, ShardPaths, check_source
 from specreason_batch.store.prompts import PromptShard, Reject, list_shards
 from specreason_batch.store.reading import acceptance_rate, rejected_rows
 from specreason_batch.translator import Decoding, Translator, Voice
-from specreason_batch.types import Chain, InvalidInput, Policy, Prompt, Role
+from specreason_batch.types import InvalidInput, Prompt, Role
 
 
 @dataclass(slots=True)

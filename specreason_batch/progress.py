@@ -16,7 +16,8 @@ from specreason_batch.chat import VocabularyCase
 from specreason_batch.engine import EngineInfo
 from specreason_batch.plan import Plan, ShardPlan
 from specreason_batch.probe import CacheProbe
-from specreason_batch.types import Phase, Prompt, Role, RoundReport
+from specreason_batch.rounds import RoundReport
+from specreason_batch.types import Phase, Prompt, Role
 
 _CASES = {
     VocabularyCase.same: "the same token ids throughout",

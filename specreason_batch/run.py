@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+from specreason_batch.chain import Chain
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
 from specreason_batch.plan import Plan, ShardPlan, open_chains
 from specreason_batch.probe import probe_cache, probe_grade
 from specreason_batch.progress import Progress
+from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules import SCHEDULES, Driver, Stopped, continuous
 from specreason_batch.store.parts import ShardWriter
 from specreason_batch.store.prompts import Reject
 from specreason_batch.store.schemas import chain_rows, chains_schema, round_row
-from specreason_batch.types import Chain, Role, RoundReport
+from specreason_batch.types import Role
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 

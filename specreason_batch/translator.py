@@ -7,21 +7,19 @@ Does not know: batching, schedules, vLLM, files.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from specreason_batch.chain import Chain, Context, Limits
 from specreason_batch.chat import ChatFormat
 from specreason_batch.judge import Judge
 from specreason_batch.seeds import stable_seed
 from specreason_batch.types import (
     AnswerEnd,
     Ask,
-    Chain,
     Completion,
-    Context,
     EndedBy,
     FinishReason,
     Grade,
     GradeOf,
     InvalidInput,
-    Limits,
     Prompt,
     Request,
     Result,

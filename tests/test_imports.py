@@ -13,22 +13,37 @@ PACKAGE = "specreason_batch"
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "types": set(),
+    "chain": {"types"},
+    "rounds": {"types", "chain"},
     "seeds": set(),
     "answers": set(),
     "engine": {"types"},
     "chat": {"types"},
     "judge": {"types", "chat"},
-    "config": {"types", "chat", "judge"},
-    "policies": {"types", "seeds", "policies"},
-    "translator": {"types", "chat", "judge", "seeds"},
-    "schedules": {"types", "engine", "translator", "schedules"},
+    "config": {"types", "chain", "chat", "judge"},
+    "policies": {"types", "chain", "seeds", "policies"},
+    "translator": {"types", "chain", "chat", "judge", "seeds"},
+    "schedules": {"types", "chain", "rounds", "engine", "translator", "schedules"},
     "probe": {"types", "engine", "judge"},
     "scripted_engine": {"types", "engine"},
     "vllm_engine": {"types", "engine", "config"},
-    "store": {"__init__", "types", "config", "translator", "store"},
-    "plan": {"types", "chat", "judge", "config", "policies", "translator", "store"},
-    "progress": {"types", "chat", "engine", "plan", "probe"},
-    "run": {"types", "config", "engine", "plan", "policies", "probe", "progress", "schedules", "store", "vllm_engine"},
+    "store": {"__init__", "types", "chain", "rounds", "config", "translator", "store"},
+    "plan": {"types", "chain", "chat", "judge", "config", "policies", "translator", "store"},
+    "progress": {"types", "rounds", "chat", "engine", "plan", "probe"},
+    "run": {
+        "types",
+        "chain",
+        "rounds",
+        "config",
+        "engine",
+        "plan",
+        "policies",
+        "probe",
+        "progress",
+        "schedules",
+        "store",
+        "vllm_engine",
+    },
 }
 
 # Readers of what was written: whatever they are called, they must work without engines.
@@ -43,7 +58,19 @@ OUTSIDE: dict[str, set[str]] = {
     "hydra": set(),
     "omegaconf": {"config"},
 }
-STANDARD_ONLY = {"types", "seeds", "answers", "policies", "judge", "translator", "schedules", "engine", "probe"}
+STANDARD_ONLY = {
+    "types",
+    "chain",
+    "rounds",
+    "seeds",
+    "answers",
+    "policies",
+    "judge",
+    "translator",
+    "schedules",
+    "engine",
+    "probe",
+}
 
 
 def modules() -> dict[str, list[Path]]:

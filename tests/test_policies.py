@@ -8,17 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specreason_batch.chain import Chain, Context, Limits
 from specreason_batch.config import POLICY_NAMES
 from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.seeds import stable_coin
 from specreason_batch.types import (
-    Chain,
     Completion,
-    Context,
     EndedBy,
     FinishReason,
     Grade,
-    Limits,
     Phase,
     Prompt,
     Request,

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specreason_batch.chain import Chain
 from specreason_batch.engine import EngineAborted
+from specreason_batch.rounds import RoundStats
 from specreason_batch.schedules import SCHEDULES, Driver, Stopped
 from specreason_batch.types import (
     AnswerEnd,
-    Chain,
     Completion,
     Coroutine,
     FinishReason,
@@ -20,7 +21,6 @@ from specreason_batch.types import (
     Phase,
     Request,
     Role,
-    RoundStats,
     ThinkingEnd,
     Write,
     WriteAnswer,

@@ -12,6 +12,7 @@ import pytest
 
 from specreason_batch.config import GenerateConfig
 from specreason_batch.plan import make_plan
+from specreason_batch.rounds import RoundStats
 from specreason_batch.store import parts as parts_module
 from specreason_batch.store.manifest import claim_output, file_identity, fingerprint, fingerprint_fields, read_manifest
 from specreason_batch.store.parts import ShardPaths, ShardWriter, check_source, commit_table
@@ -27,7 +28,7 @@ from specreason_batch.store.schemas import (
     chains_schema,
     round_row,
 )
-from specreason_batch.types import InvalidInput, Prompt, Role, RoundStats
+from specreason_batch.types import InvalidInput, Prompt, Role
 from tests.support.configs import make_config, write_models
 from tests.support.running import Run, run_world
 from tests.support.worlds import PROMPTS, World

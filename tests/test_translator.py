@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from specreason_batch.chain import Chain
 from specreason_batch.translator import Translator
 from specreason_batch.types import (
     AnswerEnd,
     Ask,
-    Chain,
     Completion,
     EndedBy,
     FinishReason,

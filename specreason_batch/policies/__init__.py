@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from specreason_batch.chain import Chain
 from specreason_batch.policies.base_only import base_only
 from specreason_batch.policies.draft_only import draft_only
 from specreason_batch.policies.random import random
 from specreason_batch.policies.rules import Rules
 from specreason_batch.policies.specreason import specreason
-from specreason_batch.types import Chain, Coroutine, Role
+from specreason_batch.types import Coroutine, Role
 
 __all__ = ["POLICIES", "PolicySpec", "Rules"]
 

@@ -1,7 +1,8 @@
 """The base alone, step by step: what SpecReason is compared with."""
 
+from specreason_batch.chain import Chain
 from specreason_batch.policies.rules import Rules
-from specreason_batch.types import Chain, Coroutine, Role, Write, WriteAnswer
+from specreason_batch.types import Coroutine, Role, Write, WriteAnswer
 
 
 def base_only(chain: Chain, rules: Rules) -> Coroutine:

@@ -1,7 +1,8 @@
 """The draft alone, step by step: the other end of the comparison."""
 
+from specreason_batch.chain import Chain
 from specreason_batch.policies.rules import Rules
-from specreason_batch.types import Chain, Coroutine, Role, Write, WriteAnswer
+from specreason_batch.types import Coroutine, Role, Write, WriteAnswer
 
 
 def draft_only(chain: Chain, rules: Rules) -> Coroutine:

@@ -1,7 +1,8 @@
 """The control for grading: drafts are kept by a coin of a given rate, and nothing is graded."""
 
+from specreason_batch.chain import Chain
 from specreason_batch.policies.rules import Rules
-from specreason_batch.types import Chain, Coroutine, Role, Write, WriteAnswer
+from specreason_batch.types import Coroutine, Role, Write, WriteAnswer
 
 
 def random(chain: Chain, rules: Rules) -> Coroutine:

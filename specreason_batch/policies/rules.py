@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from specreason_batch.chain import Chain
 from specreason_batch.seeds import stable_coin
-from specreason_batch.types import Chain, Grade, Role
+from specreason_batch.types import Grade, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

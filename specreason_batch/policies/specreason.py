@@ -1,7 +1,8 @@
 """SpecReason (arXiv 2504.07891, section 3): the draft writes a step, the base grades it, and rewrites the rejected."""
 
+from specreason_batch.chain import Chain
 from specreason_batch.policies.rules import Rules
-from specreason_batch.types import Chain, Coroutine, GradeOf, Role, Write, WriteAnswer
+from specreason_batch.types import Coroutine, GradeOf, Role, Write, WriteAnswer
 
 
 def specreason(chain: Chain, rules: Rules) -> Coroutine:

@@ -6,8 +6,10 @@ The baselines run here, so that none is held back by lockstep's waiting.
 import time
 from collections.abc import Iterator
 
+from specreason_batch.chain import Chain
+from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules.driver import POLL_SECONDS, Driver, Walk
-from specreason_batch.types import Chain, Role, RoundReport
+from specreason_batch.types import Role
 
 SLICE_SECONDS = 1.0  # one `rounds` row stands for about this long
 SHARED_POLL_SECONDS = 0.002  # a wait on one engine while the other has work too

@@ -10,23 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from specreason_batch.chain import Chain, Policy
 from specreason_batch.engine import Engine, EngineAborted
+from specreason_batch.rounds import RoundReport, RoundStats
 from specreason_batch.translator import Translator
-from specreason_batch.types import (
-    Ask,
-    Chain,
-    Completion,
-    Coroutine,
-    FinishReason,
-    GradeOf,
-    Phase,
-    Policy,
-    Request,
-    Result,
-    Role,
-    RoundReport,
-    RoundStats,
-)
+from specreason_batch.types import Ask, Completion, Coroutine, FinishReason, GradeOf, Phase, Request, Result, Role
 
 POLL_SECONDS = 0.5  # how often a wait looks at the stop signal
 

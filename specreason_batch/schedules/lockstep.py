@@ -5,8 +5,10 @@ rewritten; then finished chains leave and new ones take their places.
 import time
 from collections.abc import Iterator
 
+from specreason_batch.chain import Chain
+from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules.driver import Driver, Walk
-from specreason_batch.types import Chain, Phase, Role, RoundReport
+from specreason_batch.types import Phase, Role
 
 # Base-written answers ride in the batch of the rewrites: both are decoding by the base.
 ROUND = (

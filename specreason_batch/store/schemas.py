@@ -8,8 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from specreason_batch.chain import Chain
+from specreason_batch.rounds import RoundStats
 from specreason_batch.translator import ThinkingText, Translator
-from specreason_batch.types import AnswerEnd, Chain, Phase, Role, RoundStats, Step
+from specreason_batch.types import AnswerEnd, Phase, Role, Step
 
 SCHEMA_VERSION = "1"
 

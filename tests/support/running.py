@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from specreason_batch.chain import Chain, Policy
 from specreason_batch.policies import POLICIES, Rules
+from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules import SCHEDULES, Driver
 from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.store.schemas import chain_rows
 from specreason_batch.translator import Decoding, Translator, Voice
-from specreason_batch.types import Chain, Completion, Policy, Prompt, Request, Role, RoundReport
+from specreason_batch.types import Completion, Prompt, Request, Role
 from tests.support.plain_loop import COUNTED_ELSEWHERE, VOLATILE, Row
 from tests.support.worlds import World
 

@@ -14,9 +14,10 @@ from random import Random
 
 from hypothesis import strategies as st
 
+from specreason_batch.chain import Limits
 from specreason_batch.chat import ChatFormat, ChatOptions
 from specreason_batch.judge import Judge, Question, Reading
-from specreason_batch.types import Completion, FinishReason, Limits, Request, Role
+from specreason_batch.types import Completion, FinishReason, Request, Role
 from tests.support.vocabulary import CHATML, CHATML_SPECIALS, R1, R1_SPECIALS, make_tokenizer, token_bytes
 
 CHARACTERS = ("é", "€", "😀")
