@@ -346,14 +346,15 @@ def test_grades_tell_right_from_wrong_drafted_steps(toy_figures: dict[str, pl.Da
 
 def is_right_step(prompt: str, before: str, drafted: str) -> bool:
     """An independent check of a toy step against its prompt and the value that the chain stands at."""
-    start, *operations = re.findall(r"Start with (\d+)|\) ([-+*])(\d)", prompt)
-    values = [int(start[0]), *(int(result) for result in re.findall(r"=(\d+)\.", before))]
-    number = len(values) - 1
+    start, modulus = map(int, re.findall(r"Start with (\d+) and work modulo (\d+)\.", prompt)[0])
+    operations = re.findall(r"^([a-j]\)) ([-+*])(\d)$", prompt, re.MULTILINE)
+    value = int(([str(start), *re.findall(r"=(\d+)\.", before)])[-1])
+    number = before.count("\n\n")
     if number == len(operations):
-        return bool(re.search(rf"\b{values[-1]}\b\D*$", drafted.strip())) and "=" not in drafted
-    _, sign, operand = operations[number]
-    value = {"+": values[-1] + int(operand), "-": values[-1] - int(operand), "*": values[-1] * int(operand)}[sign] % 100
-    return f"{values[-1]}{sign}{operand}={value}." in drafted
+        return drafted.strip() == f"That was the last operation, so the result is {value}."
+    letter, sign, operand = operations[number]
+    result = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[sign] % modulus
+    return drafted.strip() == f"{letter} {value}{sign}{operand}={result}."
 
 
 def auc(right: list[float], wrong: list[float]) -> float:
