@@ -5,7 +5,8 @@ A first-time user's look at the tool, in about a minute; everything it runs is t
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -20,13 +21,58 @@ from specreason_batch.progress import Progress
 from specreason_batch.run import StopSignal, probe_engines, run_plan, started_engines
 from specreason_batch.show import show_chain
 from specreason_batch.summary import Summary, summarise, summary_table
-from specreason_batch.types import Role
+from specreason_batch.types import Completion, Request, Role
 
 NUM_PROMPTS = 200
 OUTPUT = Path("outputs") / "demo"
 CONF = Path(__file__).parent.parent / "conf"
 # random keeps drafts at the rate that specreason's grades kept them
 BASELINES = {"base_only": [], "draft_only": [], "random": [f"policy.match_run={OUTPUT}/specreason"]}
+
+
+class TimedEngine:
+    """An engine, and the seconds spent inside it: what is left of a run's wall-clock is our own code."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.info = engine.info
+        self.seconds = 0.0
+        self.num_requests = 0
+
+    @property
+    def num_outstanding(self) -> int:
+        return self._engine.num_outstanding
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.num_requests += len(requests)
+        began = time.perf_counter()
+        self._engine.submit(requests)
+        self.seconds += time.perf_counter() - began
+
+    def poll(self, timeout: float) -> list[Completion]:
+        began = time.perf_counter()
+        done = self._engine.poll(timeout)
+        self.seconds += time.perf_counter() - began
+        return done
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        self._engine.abort(request_ids)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    summary: Summary
+    own_seconds: float  # outside the engines, rows and files included
+    num_requests: int
+
+    @property
+    def own_microseconds_per_request(self) -> float:
+        return self.own_seconds / self.num_requests * 1e6
 
 
 def demo(console: Console) -> None:
@@ -40,18 +86,24 @@ def demo(console: Console) -> None:
     stop = StopSignal()
     with stop.installed(), started_engines(config, frozenset(Role), progress) as engines:
         probe_engines(plan, engines, progress)
-        summaries = {"specreason": _run(plan, engines, progress, stop)}
+        runs = {"specreason": _run(plan, engines, progress, stop)}
         seconds = time.monotonic() - began
-        console.print(summary_table(summaries["specreason"], f"{config.output_dir} (specreason)"))
+        console.print(summary_table(runs["specreason"].summary, f"{config.output_dir} (specreason)"))
         console.rule("one of its chains")
         console.print(show_chain(Path(config.output_dir)))
         console.rule("the same prompts under the other policies")
-        for name, overrides in BASELINES.items():
-            summaries[name] = _run(make_plan(_config(name, overrides)), engines, progress, stop)
-        again = _config("specreason", [f"output_dir={OUTPUT}/specreason-warm"])
-        summaries["specreason, engines warm"] = _run(make_plan(again), engines, progress, stop)
-    console.print(comparison_table(summaries))
+        for name, overrides in [*BASELINES.items(), ("specreason", [f"output_dir={OUTPUT}/specreason-again"])]:
+            progress.say(f"policy {name}")
+            again = make_plan(_config(name, overrides))
+            progress.follow(again)
+            runs[f"{name}, again" if name in runs else name] = _run(again, engines, progress, stop)
+    console.print(comparison_table({name: run.summary for name, run in runs.items()}))
+    warm = runs["specreason, again"]
     progress.say(f"{NUM_PROMPTS} prompts under specreason in {seconds:.1f} s, engine start included")
+    progress.say(
+        f"our own code, rows and files included: {warm.own_microseconds_per_request:.0f} us a request "
+        f"({warm.num_requests:,} requests, {warm.own_seconds:.2f} s outside the engines)"
+    )
 
 
 def comparison_table(summaries: Mapping[str, Summary]) -> Table:
@@ -70,13 +122,15 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
     return table
 
 
-def _run(plan: Plan, engines: Mapping[Role, Engine], progress: Progress, stop: StopSignal) -> Summary:
-    progress.found(plan)
+def _run(plan: Plan, engines: Mapping[Role, Engine], progress: Progress, stop: StopSignal) -> Run:
+    timed = {role: TimedEngine(engine) for role, engine in engines.items()}
+    began = time.perf_counter()
     with progress.running():
-        run_plan(plan, engines, progress, stop)
+        run_plan(plan, timed, progress, stop)
+    seconds = time.perf_counter() - began - sum(engine.seconds for engine in timed.values())
     summary = summarise(Path(plan.config.output_dir))
     assert summary is not None
-    return summary
+    return Run(summary, seconds, sum(engine.num_requests for engine in timed.values()))
 
 
 def _config(policy: str, overrides: list[str]) -> GenerateConfig:

@@ -58,10 +58,16 @@ class Progress:
     def found(self, plan: Plan) -> None:
         """How much is done already."""
         shards = len(plan.pending) + len(plan.finished)
-        self._plan, self._done = plan, plan.num_done
+        self.follow(plan)
         self._print(
             f"{plan.num_chains} chains in {shards} shard(s): {plan.num_done} done, {len(plan.pending)} shard(s) to go"
         )
+
+    def follow(self, plan: Plan) -> None:
+        """Count this plan's chains from here on."""
+        self._plan, self._done, self._given_up = plan, plan.num_done, 0
+        self._accepted = self._decided = 0
+        self._window.clear()
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:

@@ -248,6 +248,7 @@ def _turn_down(log_level: str) -> None:
     logging.getLogger("vllm").setLevel(log_level)
     if log_level == "ERROR":
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        logging.getLogger("torch._library.triton").setLevel(log_level)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
