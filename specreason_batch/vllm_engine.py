@@ -35,8 +35,8 @@ class VllmEngine:
 
         Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
         """
-        _set_environment(config, cpu_cores)
         _turn_down(log_level)
+        _set_environment(config, cpu_cores)
         from vllm import LLM
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -53,6 +53,7 @@ class VllmEngine:
             raise EngineDead(f"the engine for {config.model!r} died while starting: {error}") from error
         self._engine: Any = self._llm.llm_engine
         self._outputs_queue: Any = getattr(self._engine.engine_core, "outputs_queue", None)  # None: in-process
+        assert (self._outputs_queue is None) == config.in_process
         self._templates: dict[Sampling, Any] = {}
         self._outstanding: set[str] = set()
         self._refused: list[Completion] = []
@@ -159,10 +160,18 @@ class VllmEngine:
         with queue.not_empty:
             if queue.queue or queue.not_empty.wait(timeout):
                 return True
+        self._check_alive()
         silent = time.monotonic() - self._last_sign_of_life
         if silent > self._timeout:
             raise EngineDead(f"no output of the engine for {self.info.model!r} for {silent:.0f} s")
         return False
+
+    def _check_alive(self) -> None:
+        """A killed engine process puts nothing into the queue; vLLM's monitor only marks it dead."""
+        try:
+            self._engine.engine_core.ensure_alive()
+        except self._deaths as error:
+            raise EngineDead(f"the engine for {self.info.model!r} died") from error
 
     def _step(self) -> list[Any]:
         try:
@@ -253,11 +262,14 @@ def _turn_down(log_level: str) -> None:
 
 
 def _set_environment(config: EngineConfig, cpu_cores: str | None) -> None:
-    """vLLM reads these when an engine is built, so each engine sets its own before."""
+    """vLLM reads these when an engine is built, so each engine sets its own before; an in-process one freezes them."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
     if cpu_cores is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cpu_cores
+    from vllm.envs import disable_envs_cache
+
+    disable_envs_cache()
 
 
 def _read_info(engine: Any, config: EngineConfig) -> EngineInfo:
