@@ -30,13 +30,13 @@ class VllmEngine:
     `in_process` engines do their work inside `poll`, one scheduler step a call; others in a process of their own.
     """
 
-    def __init__(self, config: EngineConfig, cpu_cores: str | None = None, log_level: str = "ERROR"):
-        """Load the model. `cpu_cores`, on a CPU: the cores to bind to, as in "0-3"; None: vLLM's choice.
+    def __init__(self, config: EngineConfig, log_level: str = "ERROR"):
+        """Load the model.
 
         Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
         """
         _turn_down(log_level)
-        _set_environment(config, cpu_cores)
+        _set_environment(config)
         from vllm import LLM
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -261,12 +261,10 @@ def _turn_down(log_level: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
-def _set_environment(config: EngineConfig, cpu_cores: str | None) -> None:
+def _set_environment(config: EngineConfig) -> None:
     """vLLM reads these when an engine is built, so each engine sets its own before; an in-process one freezes them."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
-    if cpu_cores is not None:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cpu_cores
     from vllm.envs import disable_envs_cache
 
     disable_envs_cache()

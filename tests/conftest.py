@@ -12,7 +12,7 @@ from specreason_batch.types import Role
 from specreason_batch.vllm_engine import VllmEngine
 
 ROOT = Path(__file__).parent.parent
-TOY = Path(os.environ.get("SPECREASON_TOY", ROOT / "examples" / "toy"))
+TOY = ROOT / "examples" / "toy"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
