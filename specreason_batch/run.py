@@ -106,7 +106,8 @@ def run_shard(
             progress.round(report)
         writer.write_input_rejects(rejects)
     except BaseException:
-        _add_report(plan, shard, writer, driver.end_round())  # of the round that was cut short
+        if driver.is_mid_round:  # what had finished in the round that was cut short
+            _add_report(plan, shard, writer, driver.end_round())
         raise
     finally:
         writer.commit()

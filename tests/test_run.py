@@ -21,7 +21,7 @@ from specreason_batch.progress import Progress
 from specreason_batch.run import StopSignal, run_plan
 from specreason_batch.schedules import Stopped
 from specreason_batch.scripted_engine import ScriptedEngine
-from specreason_batch.store.parts import ShardPaths
+from specreason_batch.store.parts import ShardPaths, ShardWriter
 from specreason_batch.store.reading import scan
 from specreason_batch.store.schemas import ROUNDS
 from specreason_batch.summary import summarise
@@ -358,6 +358,23 @@ def test_whatever_ends_a_run_finished_chains_are_committed_and_the_next_run_goes
     assert 0 < len(committed) < NUM_PROMPTS
     run(config)
     assert rows(config) == rows(whole)
+
+
+def test_a_round_is_counted_once_when_committing_it_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full between two rounds: the round before is reported already, and there is none to cut short."""
+    config = make_config(place, parts=PartsConfig(chains=1, seconds=600), schedule=ScheduleConfig(name="lockstep"))
+
+    def full(writer: ShardWriter) -> None:
+        if writer._chains:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(ShardWriter, "commit_if_due", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(config)
+    rounds = scan(Path(config.output_dir), "rounds")
+    assert rounds is not None
+    numbers = rounds.collect()["round"].to_list()
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_engines_have_nothing_outstanding_after_a_stop(place: Path) -> None:

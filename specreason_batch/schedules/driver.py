@@ -80,7 +80,7 @@ class Driver:
     policy: Policy
     check_stop: Callable[[], None] = lambda: None  # raises Stopped
     stats: RoundStats = field(default_factory=lambda: RoundStats(0, time.time()))
-    _began: float = field(default_factory=time.monotonic)
+    _began: float | None = None  # of the round; None between rounds
     _finished: list[Chain] = field(default_factory=list)
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _outstanding: dict[str, Outstanding] = field(default_factory=dict)
@@ -153,11 +153,17 @@ class Driver:
         for walk in active:
             walk.chain.round = self.stats.round
 
+    @property
+    def is_mid_round(self) -> bool:
+        return self._began is not None
+
     def end_round(self) -> RoundReport:
         """The round's figures and the chains that ended in it, each handed out once; also for a round cut short."""
+        assert self._began is not None
         finished, self._finished = self._finished, []
         self.stats.num_finished = len(finished)
         self.stats.seconds = time.monotonic() - self._began
+        self._began = None
         return RoundReport(self.stats, finished)
 
     def _advance(self, walk: Walk) -> None:
