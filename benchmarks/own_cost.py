@@ -20,10 +20,11 @@ from rich.table import Table
 
 from specreason_batch.chain import Chain, Limits
 from specreason_batch.chat import ChatFormat, ChatOptions, load_chat_format
+from specreason_batch.clock import Clock, WallClock
 from specreason_batch.engine import EngineInfo
 from specreason_batch.judge import Judge, Question
 from specreason_batch.policies import POLICIES, Rules
-from specreason_batch.schedules import Driver, lockstep
+from specreason_batch.schedules import Admission, Capacity, Driver, Schedule, lockstep
 from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import Completion, FinishReason, Prompt, Request, Role
 
@@ -36,7 +37,8 @@ WINDOW = 1 << 20
 class InstantEngine:
     """Answers every request at its next poll with one fixed step, or an even grade; counts its own seconds."""
 
-    def __init__(self, step: tuple[int, ...]):
+    def __init__(self, step: tuple[int, ...], clock: Clock):
+        self.clock = clock
         self.info = EngineInfo(
             model="instant",
             max_model_len=WINDOW,
@@ -57,6 +59,7 @@ class InstantEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         self.num_requests += len(requests)
         self._waiting.extend(requests)
+        self.clock.ring()
 
     def poll(self, timeout: float) -> list[Completion]:
         began = time.perf_counter()
@@ -82,15 +85,18 @@ class InstantEngine:
         )
 
 
-def measure(chat: ChatFormat, num_prompt_tokens: int) -> float:
+def measure(chat: ChatFormat, num_prompt_tokens: int, schedule: Schedule = lockstep) -> float:
     """Seconds a request of our own code at this chain length."""
     translator = _translator(chat)
     blank = min(chat.blank_line_ids)
-    engines = {role: InstantEngine((*range(200, 200 + STEP_TOKENS), blank)) for role in Role}
-    driver = Driver(engines, translator, partial(POLICIES["specreason"].coroutine, rules=Rules()))
+    clock = WallClock()
+    engines = {role: InstantEngine((*range(200, 200 + STEP_TOKENS), blank), clock) for role in Role}
     chains = list(_chains(translator, num_prompt_tokens))
+    capacities = {role: Capacity.of(engine.info) for role, engine in engines.items()}
+    admission = Admission(iter(chains), NUM_CHAINS, capacities)
+    driver = Driver(engines, translator, partial(POLICIES["specreason"].coroutine, rules=Rules()), admission)
     began = time.perf_counter()
-    for _ in lockstep(driver, iter(chains), NUM_CHAINS):
+    for _ in schedule(driver):
         pass
     seconds = time.perf_counter() - began - sum(engine.seconds for engine in engines.values())
     return seconds / sum(engine.num_requests for engine in engines.values())

@@ -36,6 +36,7 @@ class TimedEngine:
     def __init__(self, engine: Engine):
         self._engine = engine
         self.info = engine.info
+        self.clock = engine.clock
         self.seconds = 0.0
         self.num_requests = 0
 

@@ -16,7 +16,7 @@ from specreason_batch.judge import DIGITS, Reading
 from specreason_batch.types import InvalidInput, Role
 
 POLICY_NAMES = ("specreason", "base_only", "draft_only", "random")
-SCHEDULE_NAMES = ("lockstep", "continuous")
+SCHEDULE_NAMES = ("lockstep", "overlapped", "continuous", "waves")
 
 # Fields that cannot change rows: a run may be continued with other values. Everything else is part of the fingerprint.
 NOT_IN_FINGERPRINT = (
@@ -35,6 +35,8 @@ NOT_IN_FINGERPRINT = (
             "device_ids",
             "kv_cache_gib",
             "gpu_memory_utilization",
+            "kv_offload_gib",
+            "cpu_cores",
             "in_process",
             "engine_timeout_seconds",
         )
@@ -71,6 +73,8 @@ class EngineConfig:
     device_ids: list[int] | None = None  # None: all that the job sees
     kv_cache_gib: int | None = None  # GiB for its KV cache; None: by gpu_memory_utilization (CPU: 4)
     gpu_memory_utilization: float | None = None  # share of a GPU's memory, (0, 1]; None: vLLM's default
+    kv_offload_gib: int | None = None  # GiB of host memory for evicted KV, in all; GPUs only; None: none
+    cpu_cores: list[int] | None = None  # cores that a CPU engine is bound to; None: see run.started_engines
     block_size: int | None = None  # tokens a KV block; None: 32 on CPU, vLLM's default on GPU
     in_process: bool = False  # run the engine inside this process: quick to start, one engine works at a time
     engine_timeout_seconds: float = 600.0  # no output for this long counts as a dead engine
@@ -84,9 +88,23 @@ class EngineConfig:
         yield from _at_least(f"{path}.tensor_parallel_size", self.tensor_parallel_size, 1)
         yield from _at_least(f"{path}.kv_cache_gib", self.kv_cache_gib, 1)
         yield from _within(f"{path}.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
+        yield from _at_least(f"{path}.kv_offload_gib", self.kv_offload_gib, 1)
+        yield from self._core_problems(f"{path}.cpu_cores")
         yield from _at_least(f"{path}.block_size", self.block_size, 1)
         yield from _at_least(f"{path}.engine_timeout_seconds", self.engine_timeout_seconds, 1)
         yield from self.chat.problems(f"{path}.chat")
+
+    def _core_problems(self, path: str) -> Iterator[str]:
+        cores = self.cpu_cores
+        if cores is None:
+            return
+        if not cores or len(set(cores)) < len(cores) or min(cores) < 0:
+            yield f"{path}: {cores} is out of range; allowed: one or more different core numbers, from 0"
+        elif len(cores) < self.tensor_parallel_size:
+            workers = self.tensor_parallel_size
+            yield f"{path}: {cores} is fewer than tensor_parallel_size={workers}; allowed: at least a core each"
+        if self.in_process:
+            yield f"{path}: {cores} does not go with in_process=true, which binds nothing; allowed: null"
 
 
 @dataclass(kw_only=True)
@@ -201,11 +219,19 @@ class ScheduleConfig:
     """When requests run."""
 
     name: str = MISSING  # one of SCHEDULE_NAMES
-    active_size: int = 64  # chains at a time
+    active_size: int = 64  # chains at a time, at most
+    fit_memory: bool = True  # hold fewer where the engines' KV caches do not hold so many
+    cohorts: int | None = None  # overlapped: 1 (the default) or 2, one drafted while the other is graded
+    wave: float | None = None  # waves: share of the active chains that starts drafting together, 0-1; None: 0.3
 
     def problems(self, path: str) -> Iterator[str]:
         yield from _one_of(f"{path}.name", self.name, SCHEDULE_NAMES)
         yield from _at_least(f"{path}.active_size", self.active_size, 1)
+        yield from _within(f"{path}.cohorts", self.cohorts, 1, 2)
+        yield from _within(f"{path}.wave", self.wave, 0.0, 1.0)
+        for name, value, schedule in (("cohorts", self.cohorts, "overlapped"), ("wave", self.wave, "waves")):
+            if value is not None and self.name != schedule:
+                yield f"{path}.{name}: {value} does nothing in {self.name}; allowed: null"
 
 
 @dataclass(kw_only=True)
@@ -274,6 +300,8 @@ class GenerateConfig:
                     f"budgets.max_answer_tokens: {self.budgets.max_answer_tokens} leaves nothing of "
                     f"{role}.max_model_len={window}; allowed: less than that"
                 )
+        if shared := set(self.draft.cpu_cores or ()) & set(self.base.cpu_cores or ()):
+            yield f"draft.cpu_cores: {sorted(shared)} are in base.cpu_cores too; allowed: cores of its own"
 
     def engine(self, role: Role) -> EngineConfig:
         return self.draft if role is Role.draft else self.base

@@ -2,12 +2,16 @@
 
 An engine owns one model. It continues token ids, and knows nothing of roles, steps, grades or chains. `vllm_engine`
 implements it over vLLM; `scripted_engine` is for tests.
+
+Engines that share a `clock.Clock` ring it whenever a `poll` may have something, so one thread can wait for all of them
+at once: `clock.wait(timeout)`, then `poll(0)` on each.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from specreason_batch.clock import Clock
 from specreason_batch.types import Completion, Request
 
 
@@ -36,6 +40,9 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def clock(self) -> Clock: ...
 
     @property
     def num_outstanding(self) -> int:

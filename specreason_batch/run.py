@@ -4,17 +4,29 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 
 from specreason_batch.chain import Chain
-from specreason_batch.config import GenerateConfig
+from specreason_batch.clock import Clock, WallClock
+from specreason_batch.config import EngineConfig, GenerateConfig, ScheduleConfig
 from specreason_batch.engine import Engine
 from specreason_batch.plan import Plan, ShardPlan, open_chains
 from specreason_batch.probe import probe_cache, probe_grade
 from specreason_batch.progress import Progress
 from specreason_batch.rounds import RoundReport
-from specreason_batch.schedules import SCHEDULES, Driver, Stopped, continuous
+from specreason_batch.schedules import (
+    SCHEDULES,
+    Admission,
+    Capacity,
+    Driver,
+    Schedule,
+    Stopped,
+    continuous,
+    overlapped,
+    waves,
+)
 from specreason_batch.store.parts import ShardWriter
 from specreason_batch.store.prompts import Reject
 from specreason_batch.store.schemas import chain_rows, chains_schema, round_row
@@ -55,20 +67,46 @@ class StopSignal:
 
 
 @contextmanager
-def started_engines(config: GenerateConfig, roles: frozenset[Role], progress: Progress) -> Iterator[dict[Role, Engine]]:
-    """The engines of these roles, one started after the other (together they mis-measure each other's memory)."""
-    from specreason_batch.vllm_engine import VllmEngine
+def started_engines(
+    config: GenerateConfig, roles: frozenset[Role], progress: Progress, clock: Clock | None = None
+) -> Iterator[dict[Role, Engine]]:
+    """The engines of these roles, one started after the other (together they mis-measure each other's memory).
 
+    Both ring this clock (by default one of their own). Where two CPU engines have processes of their own, those
+    whose `cpu_cores` is null share out the cores that this process may use and the other does not, the base getting the
+    bigger half. Elsewhere null leaves it to vLLM.
+    """
+    from specreason_batch.vllm_engine import VllmEngine, check_platform
+
+    clock = clock or WallClock()
+    settings = {role: config.engine(role) for role in (Role.base, Role.draft) if role in roles}
+    for engine_config in settings.values():
+        check_platform(engine_config, config.log.vllm_level)
     engines: dict[Role, Engine] = {}
     try:
-        for role in (Role.base, Role.draft):
-            if role in roles:
-                with progress.stage(f"loading {role}: {config.engine(role).model}"):
-                    engines[role] = VllmEngine(config.engine(role), log_level=config.log.vllm_level)
+        for role, engine_config in _with_cores(settings).items():
+            with progress.stage(f"loading {role}: {engine_config.model}"):
+                engines[role] = VllmEngine(engine_config, log_level=config.log.vllm_level, clock=clock)
         yield engines
     finally:
         for engine in engines.values():
             engine.close()
+
+
+def _with_cores(settings: dict[Role, EngineConfig]) -> dict[Role, EngineConfig]:
+    """The same, with cores for engines that leave them open while another engine works beside them."""
+    from specreason_batch.vllm_engine import shared_out_cores
+
+    open_roles = [role for role, engine in settings.items() if engine.cpu_cores is None]
+    if len(settings) < 2 or not open_roles or any(engine.in_process for engine in settings.values()):
+        return settings
+    taken = {core for engine in settings.values() for core in engine.cpu_cores or ()}
+    shares = shared_out_cores(len(open_roles), taken)
+    if shares is None:
+        return settings
+    given = {role: replace(settings[role], cpu_cores=cores) for role, cores in zip(open_roles, shares, strict=True)}
+    too_few = any(len(engine.cpu_cores or ()) < engine.tensor_parallel_size for engine in given.values())
+    return settings if too_few else settings | given
 
 
 def probe_engines(plan: Plan, engines: Mapping[Role, Engine], progress: Progress) -> None:
@@ -95,12 +133,14 @@ def run_shard(
     shard.paths.remove_uncommitted()
     writer = _writer(plan, shard)
     rejects: list[Reject] = []
-    driver = Driver({role: engines[role] for role in plan.formats}, plan.translator, plan.policy, stop.check)
-    schedule = continuous if plan.policy_spec.free_running else SCHEDULES[plan.config.schedule.name]
-    chains = open_chains(plan, shard, rejects)
+    used = {role: engines[role] for role in plan.formats}
+    capacities = {role: Capacity.of(engine.info) for role, engine in used.items()}
+    config = plan.config.schedule
+    admission = Admission(open_chains(plan, shard, rejects), config.active_size, capacities, config.fit_memory)
+    driver = Driver(used, plan.translator, plan.policy, admission, stop.check)
     progress.shard(shard)
     try:
-        for report in schedule(driver, chains, plan.config.schedule.active_size):
+        for report in choose_schedule(config, plan.policy_spec.free_running)(driver):
             _add_report(plan, shard, writer, report)
             writer.commit_if_due()
             progress.round(report)
@@ -112,6 +152,19 @@ def run_shard(
     finally:
         writer.commit()
         driver.abandon()
+
+
+def choose_schedule(config: ScheduleConfig, free_running: bool) -> Schedule:
+    """The configured one with its options; `free_running` policies never wait for anything."""
+    if free_running:
+        return continuous
+    match config.name:
+        case "overlapped":
+            return partial(overlapped, cohorts=config.cohorts or 1)
+        case "waves":
+            return waves if config.wave is None else partial(waves, wave=config.wave)
+        case name:
+            return SCHEDULES[name]
 
 
 def _writer(plan: Plan, shard: ShardPlan) -> ShardWriter:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from random import Random
 
+from specreason_batch.clock import Clock, WallClock
 from specreason_batch.engine import EngineInfo
 from specreason_batch.types import Completion, FinishReason, Request
 
@@ -17,12 +18,21 @@ Script = Callable[[Request], Completion]
 class ScriptedEngine:
     """Answers `script(request)` for every valid request; `requests` keeps what was asked, its prompt whole."""
 
-    def __init__(self, script: Script, max_model_len: int = 4096, vocab_size: int = 1 << 17, order_seed: int = 0):
+    def __init__(
+        self,
+        script: Script,
+        max_model_len: int = 4096,
+        vocab_size: int = 1 << 17,
+        order_seed: int = 0,
+        clock: Clock | None = None,
+        kv_capacity_tokens: int = 1 << 20,
+    ):
+        self.clock = clock or WallClock()
         self.info = EngineInfo(
             model="scripted",
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            kv_capacity_tokens=1 << 20,
+            kv_capacity_tokens=kv_capacity_tokens,
             block_size=16,
             version="scripted",
         )
@@ -43,10 +53,14 @@ class ScriptedEngine:
             whole = replace(request, prompt_token_ids=list(request.whole_prompt()), suffix_token_ids=())
             self.requests.append(whole)
             self._waiting[request.request_id] = whole
+        self.clock.ring()
 
     def poll(self, timeout: float) -> list[Completion]:
         ids = self._random.sample(sorted(self._waiting), k=self._random.randint(0, len(self._waiting)))
-        return [self._answer(self._waiting.pop(id)) for id in ids]
+        completions = [self._answer(self._waiting.pop(id)) for id in ids]
+        if self._waiting:
+            self.clock.ring()
+        return completions
 
     def abort(self, request_ids: Collection[str]) -> None:
         for id in request_ids:

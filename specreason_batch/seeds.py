@@ -14,3 +14,8 @@ def stable_seed(*parts: object) -> int:
 def stable_coin(probability: float, *parts: object) -> bool:
     """True with this probability, decided by the parts alone."""
     return stable_seed(*parts, "coin") < probability * (1 << _BITS)
+
+
+def stable_uniform(*parts: object) -> float:
+    """A number strictly between 0 and 1, decided by the parts alone."""
+    return (stable_seed(*parts, "uniform") + 0.5) / (1 << _BITS)

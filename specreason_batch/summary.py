@@ -1,5 +1,6 @@
 """The closing table: what a run's committed output says, figure by figure. Reads files only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,17 @@ from rich.table import Table
 
 from specreason_batch.answers import is_same_answer
 from specreason_batch.store.reading import scan
-from specreason_batch.types import Phase
+from specreason_batch.types import Phase, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUse:
+    """How much of one engine a run used, over all its rounds."""
+
+    busy_share: float  # of the time, with requests outstanding at it; 0-1
+    mean_requests: float  # outstanding, over all the time
+    peak_kv_load: int  # tokens of KV cache that the active chains needed when its share of the capacity was greatest
+    kv_capacity: int  # tokens that the KV cache held then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +42,14 @@ class Summary:
     rejected_tokens: int
     cached_share: float  # of the prompt tokens sent
     grade_prompt_tokens: int
-    seconds: float  # wall-clock of all rounds
+    recomputed_tokens: int  # prompt tokens that an engine had computed before and did not find in its cache
+    recomputed_share: float  # of the prompt tokens sent
+    seconds: float  # wall-clock of all rounds: of all attempts and shards, added up
     phase_seconds: dict[str, float]  # lockstep only
+    engines: dict[Role, EngineUse]  # only those that the policy needs
+    idle_share: float  # of the time, with no request outstanding at either engine; 0-1
+    num_parked: int  # times that a chain was parked for want of KV memory
+    most_waiting: int  # parked at the end of a round, at most
 
     @property
     def chains_per_second(self) -> float:
@@ -57,6 +74,7 @@ def summarise(output_dir: Path) -> Summary | None:
     total = rounds.select(pl.all().exclude("round", "started_at").sum()).collect().row(0, named=True)
     num_chains, unsplit = chains.select(pl.len(), pl.col("num_unsplit_blank_lines").sum()).collect().row(0)
     prompt_tokens = sum(total[f"{phase}_num_prompt_tokens"] for phase in Phase)
+    recomputed = sum(total[f"{phase}_num_recomputed_tokens"] for phase in Phase)
     return Summary(
         num_chains=num_chains,
         accuracy=right / gold if gold else None,
@@ -74,8 +92,30 @@ def summarise(output_dir: Path) -> Summary | None:
         rejected_tokens=step["rejected"].item(),
         cached_share=sum(total[f"{phase}_num_cached_tokens"] for phase in Phase) / max(1, prompt_tokens),
         grade_prompt_tokens=total["grade_num_prompt_tokens"],
+        recomputed_tokens=recomputed,
+        recomputed_share=recomputed / max(1, prompt_tokens),
         seconds=total["seconds"],
         phase_seconds={name: total[f"{name}_seconds"] for name in ("draft", "grade", "rewrite")},
+        engines={role: use for role in Role if (use := _engine_use(rounds, role)) is not None},
+        idle_share=total["idle_seconds"] / total["seconds"] if total["seconds"] else 0.0,
+        num_parked=total["num_parked"],
+        most_waiting=rounds.select(pl.col("num_waiting").max()).collect().item(),
+    )
+
+
+def _engine_use(rounds: pl.LazyFrame, role: Role) -> EngineUse | None:
+    """None if the policy did without it: its columns are null."""
+    names = ("seconds", f"{role}_busy_seconds", f"{role}_request_seconds", f"{role}_kv_load", f"{role}_kv_capacity")
+    rows = rounds.select(names).drop_nulls().collect()
+    if rows.is_empty():
+        return None
+    seconds, busy, requests, *_ = rows.sum().row(0)
+    *_, load, capacity = rows.sort(pl.col(f"{role}_kv_load") / pl.col(f"{role}_kv_capacity")).row(-1)
+    return EngineUse(
+        busy_share=busy / seconds if seconds else 0.0,
+        mean_requests=requests / seconds if seconds else 0.0,
+        peak_kv_load=load,
+        kv_capacity=capacity,
     )
 
 
@@ -122,7 +162,36 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     if any(summary.phase_seconds.values()):
         shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phase_seconds.items())
         lines.append(("by phase", shares))
+    return lines + _engine_lines(summary)
+
+
+def _engine_lines(summary: Summary) -> list[tuple[str, str]]:
+    """How the engines were used; where memory was short, what came of it."""
+    lines = [
+        ("engines busy", _busy(summary)),
+        ("requests at them, mean", _by_engine(summary, lambda use: f"{use.mean_requests:.1f}")),
+        ("KV tokens needed, most", _by_engine(summary, _kv_need)),
+    ]
+    if summary.num_parked:
+        times = f"{summary.num_parked:,} times for want of KV memory, at most {summary.most_waiting:,} at once"
+        lines.append(("chains parked", times))
+    if summary.recomputed_tokens:
+        tokens = f"{summary.recomputed_tokens:,} that had been evicted, {summary.recomputed_share:.1%}"
+        lines.append(("prompt tokens recomputed", tokens))
     return lines
+
+
+def _busy(summary: Summary) -> str:
+    shares = _by_engine(summary, lambda use: f"{use.busy_share:.1%}")
+    return f"{shares} of the time" + (f"; neither {summary.idle_share:.1%}" if len(summary.engines) == 2 else "")
+
+
+def _kv_need(use: EngineUse) -> str:
+    return f"{use.peak_kv_load:,} of {use.kv_capacity:,} ({use.peak_kv_load / use.kv_capacity:.1%})"
+
+
+def _by_engine(summary: Summary, figure: Callable[[EngineUse], str]) -> str:
+    return ", ".join(f"{role} {figure(use)}" for role, use in summary.engines.items())
 
 
 def _listed(counts: dict[str, int]) -> str:

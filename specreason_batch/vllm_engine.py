@@ -9,9 +9,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import EngineConfig
 from specreason_batch.engine import EngineDead, EngineInfo
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Sampling
@@ -22,20 +26,22 @@ CPU_KV_GIB = 4  # default KV cache of a CPU engine
 CPU_BLOCK_SIZE = 32  # the least that vLLM's CPU attention takes; short blocks mean short re-prefills
 MAX_SEED = 1 << 63
 SPECULATIVE_LOGPROBS = 20  # what to ask for where logprob_token_ids does not work
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class VllmEngine:
     """One model under vLLM.
 
-    `in_process` engines do their work inside `poll`, one scheduler step a call; others in a process of their own.
+    `in_process` engines do their work inside `poll`, one scheduler step a call, and ring the clock as long as there is
+    work left; others work in a process of their own, and ring when it has put something out or has died.
     """
 
-    def __init__(self, config: EngineConfig, log_level: str = "ERROR"):
-        """Load the model.
+    def __init__(self, config: EngineConfig, log_level: str = "ERROR", clock: Clock | None = None):
+        """Load the model. Without a clock it rings one that nobody hears.
 
         Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
         """
-        _turn_down(log_level)
+        check_platform(config, log_level)
         _set_environment(config)
         from vllm import LLM
         from vllm.exceptions import VLLMValidationError
@@ -45,8 +51,10 @@ class VllmEngine:
         self._deaths = (EngineDeadError,)
         self._speculative = bool(config.vllm_args.get("speculative_config"))
         self._timeout = config.engine_timeout_seconds
+        self.clock = clock or WallClock()
         try:
-            self._llm: Any = LLM(**llm_arguments(config))
+            with _bound_to(config.cpu_cores, config.tensor_parallel_size):
+                self._llm: Any = LLM(**llm_arguments(config))
         except (TypeError, ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
             raise InvalidInput(f"vLLM does not take model {config.model!r} as configured: {error}") from error
         except RuntimeError as error:
@@ -54,6 +62,9 @@ class VllmEngine:
         self._engine: Any = self._llm.llm_engine
         self._outputs_queue: Any = getattr(self._engine.engine_core, "outputs_queue", None)  # None: in-process
         assert (self._outputs_queue is None) == config.in_process
+        if self._outputs_queue is not None:
+            _ring_after(self._outputs_queue, "put_nowait", self.clock)
+            _ring_after(self._engine.engine_core, "shutdown", self.clock)  # vLLM's monitor calls it at a sudden death
         self._templates: dict[Sampling, Any] = {}
         self._outstanding: set[str] = set()
         self._refused: list[Completion] = []
@@ -70,12 +81,15 @@ class VllmEngine:
             self._last_sign_of_life = time.monotonic()
         for request in requests:
             self._submit_one(request)
+        self._ring_if_ready()
 
     def poll(self, timeout: float) -> list[Completion]:
-        refused, self._refused = self._refused, []
-        if refused or not self._outstanding or not self._output_within(timeout):
-            return refused
-        return [self._completion(output) for output in self._step() if output.request_id in self._outstanding]
+        completions, self._refused = self._refused, []
+        if not completions and self._outstanding and self._output_within(timeout):
+            outputs = self._step()
+            completions = [self._completion(output) for output in outputs if output.request_id in self._outstanding]
+        self._ring_if_ready()
+        return completions
 
     def abort(self, request_ids: Collection[str]) -> None:
         known = self._outstanding.intersection(request_ids)
@@ -152,6 +166,12 @@ class VllmEngine:
 
     # --- completions ---
 
+    def _ring_if_ready(self) -> None:
+        """One ring stands for everything that was put out since the last wait, so what a poll leaves rings again."""
+        queue = self._outputs_queue
+        if self._refused or (self._outstanding and (queue is None or queue.queue)):
+            self.clock.ring()
+
     def _output_within(self, timeout: float) -> bool:
         """Whether `step` has something to return without blocking; in-process it always works a step."""
         queue = self._outputs_queue
@@ -205,6 +225,36 @@ class VllmEngine:
         )
 
 
+def check_platform(config: EngineConfig, log_level: str = "ERROR") -> None:
+    """Raises InvalidInput for what this machine cannot do, before a model is loaded."""
+    _turn_down(log_level)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _check_cpu_arguments(config)
+        _check_cores(config)
+    elif config.cpu_cores is not None:
+        raise InvalidInput(f"cpu_cores: {config.cpu_cores} binds CPU engines only; allowed on a GPU: null")
+
+
+def shared_out_cores(engines: int, taken: Collection[int] = ()) -> list[list[int]] | None:
+    """Cores for each of these CPU engines out of those not taken, the first getting more; None: leave it to vLLM.
+
+    That is on GPUs, where threads cannot be bound, and where the user's environment binds them. A physical core's
+    hardware threads go to one engine, which uses one of them; with fewer cores than engines all of them share all.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or BINDING in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = os.sched_getaffinity(0)
+    usable = sorted(allowed.difference(taken) or allowed, key=lambda core: (_siblings(core), core))
+    if len(usable) < engines:
+        return [usable] * engines
+    ends = [-(-len(usable) * n // engines) for n in range(engines + 1)]
+    return [_one_a_physical_core(usable[low:high]) for low, high in pairwise(ends)]
+
+
 def llm_arguments(config: EngineConfig) -> dict[str, Any]:
     """What `vllm.LLM` is given; the configuration's `vllm_args` have the last word."""
     from vllm.platforms import current_platform
@@ -231,15 +281,17 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, 8192),
         }
-        _check_cpu_arguments(config)
-    elif config.kv_cache_gib is not None:
-        arguments["kv_cache_memory_bytes"] = config.kv_cache_gib << 30
+    else:
+        arguments["kv_cache_memory_bytes"] = None if config.kv_cache_gib is None else config.kv_cache_gib << 30
+        arguments["kv_offloading_size"] = config.kv_offload_gib
     given = {name: value for name, value in arguments.items() if value is not None}
     return given | config.vllm_args
 
 
 def _check_cpu_arguments(config: EngineConfig) -> None:
     """Refuse here what would kill a CPU engine later, or end its start with the process's state in pieces."""
+    if config.kv_offload_gib is not None:
+        raise InvalidInput(f"kv_offload_gib: {config.kv_offload_gib} needs a GPU; allowed on a CPU: null")
     if config.vllm_args.get("kv_offloading_size"):
         raise InvalidInput("vllm_args.kv_offloading_size: KV offloading needs a GPU; allowed on a CPU: none")
     if config.vllm_args.get("enable_chunked_prefill"):
@@ -249,6 +301,82 @@ def _check_cpu_arguments(config: EngineConfig) -> None:
             f"vllm_args.max_num_batched_tokens: {config.vllm_args['max_num_batched_tokens']} is under max_model_len="
             f"{config.max_model_len}; a CPU engine cannot prefill in chunks"
         )
+    blocks = config.vllm_args.get("num_gpu_blocks_override")
+    block_size = config.vllm_args.get("block_size", config.block_size or CPU_BLOCK_SIZE)
+    needed = -(-config.max_model_len // block_size) + 1  # vLLM keeps one to itself
+    if blocks is not None and blocks < needed:
+        raise InvalidInput(
+            f"vllm_args.num_gpu_blocks_override: {blocks} blocks do not hold max_model_len={config.max_model_len}; "
+            f"allowed: at least {needed}"
+        )
+
+
+def _check_cores(config: EngineConfig) -> None:
+    if config.cpu_cores is None:
+        return
+    if not hasattr(os, "sched_getaffinity"):
+        raise InvalidInput(f"cpu_cores: {config.cpu_cores} cannot be bound on this system; allowed: null")
+    usable = os.sched_getaffinity(0)
+    if barred := set(config.cpu_cores) - usable:
+        raise InvalidInput(f"cpu_cores: this process may not use {sorted(barred)}; allowed: some of {sorted(usable)}")
+
+
+def _siblings(core: int) -> tuple[int, ...]:
+    """The hardware threads of this core's physical core."""
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    try:
+        parts = [part.split("-") for part in path.read_text().strip().split(",")]
+    except OSError:
+        return (core,)
+    return tuple(core for part in parts for core in range(int(part[0]), int(part[-1]) + 1))
+
+
+def _one_a_physical_core(cores: list[int]) -> list[int]:
+    return sorted({_siblings(core): core for core in reversed(cores)}.values())
+
+
+@contextmanager
+def _bound_to(cores: list[int] | None, workers: int) -> Iterator[None]:
+    """Meanwhile, processes started from this thread run on these cores only, one OpenMP thread a core.
+
+    vLLM binds a worker's OpenMP threads and nothing else. What they wait for, the engine's scheduler, would run on the
+    other engine's cores and halve its speed, so the affinity is handed down too. This process keeps its own: it is
+    given back to this thread and to those that began meanwhile.
+    """
+    if cores is None:
+        yield
+        return
+    threads, allowed, binding = _own_threads(), os.sched_getaffinity(0), os.environ.get(BINDING)
+    os.environ[BINDING] = "|".join(",".join(map(str, cores[rank::workers])) for rank in range(workers))
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        for thread in {0} | (_own_threads() - threads):
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, allowed)
+        if binding is None:
+            del os.environ[BINDING]
+        else:
+            os.environ[BINDING] = binding
+
+
+def _own_threads() -> set[int]:
+    """Of this process, those of libraries included."""
+    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+
+
+def _ring_after(target: Any, method: str, clock: Clock) -> None:
+    """Have this one object's method ring when it is done."""
+    call = getattr(target, method)
+
+    def ringing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            clock.ring()
+
+    setattr(target, method, ringing)
 
 
 def _turn_down(log_level: str) -> None:
@@ -278,10 +406,25 @@ def _read_info(engine: Any, config: EngineConfig) -> EngineInfo:
         model=config.model,
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
-        kv_capacity_tokens=cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size,
+        kv_capacity_tokens=_kv_capacity(cache, model.max_model_len),
         block_size=cache.block_size,
         version=f"vllm {vllm.__version__}",
     )
+
+
+def _kv_capacity(cache: Any, window: int) -> int:
+    """Tokens that requests can hold at once, in whole blocks.
+
+    One block of the pool belongs to no request. vLLM's own figure counts it, and is short by the unused end of each
+    window's last block; it is needed for models whose layers keep several tables, where a token takes several blocks.
+    """
+    usable = cache.num_gpu_blocks - 1
+    if not cache.kv_cache_size_tokens:
+        return int(usable * cache.block_size)
+    windows = cache.kv_cache_size_tokens / window  # that the whole pool holds
+    blocks_a_window = -(-window // cache.block_size)
+    blocks = round(windows * blocks_a_window * usable / cache.num_gpu_blocks)
+    return int(blocks * cache.block_size)
 
 
 def _finish_reason(reason: str | None) -> FinishReason:

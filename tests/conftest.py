@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from specreason_batch.clock import WallClock
 from specreason_batch.config import ChatConfig, EngineConfig
 from specreason_batch.engine import Engine
 from specreason_batch.types import Role
@@ -29,9 +30,17 @@ def toy_engine_config(role: Role, **changes: object) -> EngineConfig:
 
 
 @pytest.fixture(scope="session")
-def toy_engines() -> Iterator[dict[Role, Engine]]:
+def toy_clock() -> WallClock:
+    """What the suite's engines ring."""
+    return WallClock()
+
+
+@pytest.fixture(scope="session")
+def toy_engines(toy_clock: WallClock) -> Iterator[dict[Role, Engine]]:
     """Both toy models on real in-process vLLM engines."""
-    engines: dict[Role, Engine] = {role: VllmEngine(toy_engine_config(role)) for role in (Role.base, Role.draft)}
+    engines: dict[Role, Engine] = {
+        role: VllmEngine(toy_engine_config(role), clock=toy_clock) for role in (Role.base, Role.draft)
+    }
     yield engines
     for engine in engines.values():
         engine.close()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from jobs.launch import ExitStatus, register_schema, to_config
 from specreason_batch.chat import ChatFormat, load_chat_format
-from specreason_batch.config import POLICY_NAMES, SCHEDULE_NAMES, GenerateConfig
+from specreason_batch.config import NOT_IN_FINGERPRINT, POLICY_NAMES, SCHEDULE_NAMES, GenerateConfig
 from specreason_batch.judge import Judge, Question
 from specreason_batch.policies import POLICIES
 from specreason_batch.schedules import SCHEDULES
@@ -36,7 +36,15 @@ ENGINE_KEYS = {
         "kv_cache_gib",
         "gpu_memory_utilization",
     ),
-    *("block_size", "in_process", "engine_timeout_seconds", "trust_remote_code", "vllm_args"),
+    *(
+        "kv_offload_gib",
+        "cpu_cores",
+        "block_size",
+        "in_process",
+        "engine_timeout_seconds",
+        "trust_remote_code",
+        "vllm_args",
+    ),
     *("chat.think_open", "chat.think_close", "chat.template", "chat.template_kwargs", "chat.system_prompt"),
 }
 KEYS = {
@@ -49,7 +57,8 @@ KEYS = {
     ),
     *(f"judge.{key}" for key in ("question", "reply_opening", "reading", "mass_floor", "labels")),
     *(f"budgets.{key}" for key in ("max_step_tokens", "thinking_tokens", "generated_tokens", "repeated_steps")),
-    *("budgets.max_answer_tokens", "schedule.name", "schedule.active_size", "parts.chains", "parts.seconds"),
+    *("budgets.max_answer_tokens", "parts.chains", "parts.seconds"),
+    *(f"schedule.{key}" for key in ("name", "active_size", "fit_memory", "cohorts", "wave")),
     *("log.seconds", "log.vllm_level"),
 }
 
@@ -153,6 +162,13 @@ def test_overrides_reach_the_typed_configuration() -> None:
     assert (found.draft.device_ids, found.limit, found.base.device_ids) == ([1, 2], 3, None)
 
 
+def test_cores_and_offloading_are_resources_that_do_not_change_rows() -> None:
+    found = config("draft.cpu_cores=[1]", "base.cpu_cores=[0,2]", "draft.in_process=false", "base.in_process=false")
+    assert (found.draft.cpu_cores, found.base.cpu_cores, found.base.kv_offload_gib) == ([1], [0, 2], None)
+    names = {f"{role}.{name}" for role in Role for name in ("cpu_cores", "kv_offload_gib")}
+    assert names <= set(NOT_IN_FINGERPRINT)
+
+
 def test_vllms_own_arguments_and_the_templates_are_passed_through() -> None:
     found = config("+base.vllm_args.quantization=fp8", "+draft.chat.template_kwargs.enable_thinking=true")
     assert found.base.vllm_args == {"quantization": "fp8"}
@@ -179,6 +195,13 @@ OUT_OF_RANGE = [
             ("kv_cache_gib=0", "kv_cache_gib: 0 is out of range; allowed: at least 1"),
             ("gpu_memory_utilization=0", "gpu_memory_utilization: 0.0 is out of range; allowed: over 0.0 to 1.0"),
             ("gpu_memory_utilization=1.1", "gpu_memory_utilization: 1.1 is out of range; allowed: over 0.0 to 1.0"),
+            ("kv_offload_gib=0", "kv_offload_gib: 0 is out of range; allowed: at least 1"),
+            ("cpu_cores=[]", "cpu_cores: [] is out of range; allowed: one or more different core numbers, from 0"),
+            (
+                "cpu_cores=[1,1]",
+                "cpu_cores: [1, 1] is out of range; allowed: one or more different core numbers, from 0",
+            ),
+            ("cpu_cores=[-1]", "cpu_cores: [-1] is out of range; allowed: one or more different core numbers, from 0"),
             ("block_size=0", "block_size: 0 is out of range; allowed: at least 1"),
             ("engine_timeout_seconds=0.5", "engine_timeout_seconds: 0.5 is out of range; allowed: at least 1"),
             ("chat.think_open=''", "chat.think_open: '' is empty; allowed: text"),
@@ -212,7 +235,9 @@ OUT_OF_RANGE = [
     ("budgets.generated_tokens=0", "budgets.generated_tokens: 0 is out of range; allowed: at least 1"),
     ("budgets.max_answer_tokens=0", "budgets.max_answer_tokens: 0 is out of range; allowed: at least 1"),
     ("budgets.repeated_steps=1", "budgets.repeated_steps: 1 is out of range; allowed: at least 2"),
-    ("schedule.name=random", "schedule.name: 'random' is unknown; allowed: lockstep, continuous"),
+    ("schedule.name=random", "schedule.name: 'random' is unknown; allowed: lockstep, overlapped, continuous, waves"),
+    ("schedule.cohorts=2", "schedule.cohorts: 2 does nothing in lockstep; allowed: null"),
+    ("schedule.wave=0.5", "schedule.wave: 0.5 does nothing in lockstep; allowed: null"),
     ("schedule.active_size=0", "schedule.active_size: 0 is out of range; allowed: at least 1"),
     ("parts.chains=0", "parts.chains: 0 is out of range; allowed: at least 1"),
     ("parts.seconds=-1", "parts.seconds: -1.0 is out of range; allowed: at least 0"),
@@ -230,7 +255,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_range(override: st
 
 def test_every_field_with_a_range_has_a_case_here() -> None:
     """Fields of numbers and of names; those without a range are listed."""
-    unranged = {"seeded", "in_process", "trust_remote_code", "dtype", "vllm_args", "device_ids"}
+    unranged = {"seeded", "fit_memory", "in_process", "trust_remote_code", "dtype", "vllm_args", "device_ids"}
     unranged |= {"chat.template", "chat.template_kwargs", "chat.system_prompt"}
     unranged |= {"policy.match_run", "policy.answer_role", "judge.reading"}
     tested = {override.split("=")[0] for override, _ in OUT_OF_RANGE}
@@ -266,6 +291,18 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         (
             ["budgets.max_answer_tokens=500", "draft.max_model_len=500"],
             "budgets.max_answer_tokens: 500 leaves nothing of draft.max_model_len=500; allowed: less than that",
+        ),
+        (
+            ["draft.cpu_cores=[0,1,2]", "base.cpu_cores=[3,2,1]"],
+            "draft.cpu_cores: [1, 2] are in base.cpu_cores too; allowed: cores of its own",
+        ),
+        (
+            ["base.cpu_cores=[0]", "base.in_process=true"],
+            "base.cpu_cores: [0] does not go with in_process=true, which binds nothing; allowed: null",
+        ),
+        (
+            ["base.cpu_cores=[0]", "base.tensor_parallel_size=2"],
+            "base.cpu_cores: [0] is fewer than tensor_parallel_size=2; allowed: at least a core each",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from specreason_batch.chain import Chain, Context, Limits
 from specreason_batch.config import POLICY_NAMES
 from specreason_batch.policies import POLICIES, Rules
+from specreason_batch.schedules import SCHEDULES
 from specreason_batch.seeds import stable_coin
 from specreason_batch.types import (
     Completion,
@@ -169,7 +170,7 @@ def test_an_unreadable_grade_rewrites_the_step_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize("active_size", [1, 64])
-@pytest.mark.parametrize("schedule", ["lockstep", "continuous"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_randoms_acceptance_is_the_coin_and_knows_no_batch(schedule: str, active_size: int) -> None:
     run = run_world(replace(RULED, policy="random", accept_rate=0.4), schedule=schedule, active_size=active_size)
     decided = [

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 
 from specreason_batch.chat import VocabularyCase
+from specreason_batch.clock import WallClock
 from specreason_batch.config import GenerateConfig, InputConfig, PartsConfig, PolicyConfig, ScheduleConfig
 from specreason_batch.engine import EngineAborted, EngineDead
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.run import StopSignal, run_plan
-from specreason_batch.schedules import Stopped
+from specreason_batch.schedules import SCHEDULES, Stopped
 from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.store.parts import ShardPaths, ShardWriter
 from specreason_batch.store.reading import scan
@@ -57,8 +58,9 @@ def write_prompts(path: Path, num_rows: int = NUM_PROMPTS, **columns: Any) -> No
 
 
 def engines(plan: Plan, script: Callable[[Role], Any] = MODELS.model) -> dict[Role, ScriptedEngine]:
+    clock = WallClock()
     return {
-        role: ScriptedEngine(script(role), plan.config.engine(role).max_model_len, order_seed=index)
+        role: ScriptedEngine(script(role), plan.config.engine(role).max_model_len, order_seed=index, clock=clock)
         for index, role in enumerate(plan.formats)
     }
 
@@ -111,7 +113,7 @@ def chain_keys(config: GenerateConfig) -> list[tuple[str, int]]:
 # --- from open to commit ---
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "continuous"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("policy", ["specreason", "random", "base_only", "draft_only"])
 def test_every_prompt_becomes_one_committed_chain(place: Path, schedule: str, policy: str) -> None:
     role = Role.draft if policy == "draft_only" else Role.base
@@ -132,7 +134,9 @@ def test_every_prompt_becomes_one_committed_chain(place: Path, schedule: str, po
     assert ShardPaths(Path(config.output_dir) / "prompts").remove_uncommitted() == 0
 
 
-@pytest.mark.parametrize(("schedule", "active_size"), [("lockstep", 1), ("lockstep", 64), ("continuous", 3)])
+@pytest.mark.parametrize(
+    ("schedule", "active_size"), [("lockstep", 1), ("lockstep", 64), ("continuous", 3), ("overlapped", 4), ("waves", 7)]
+)
 def test_rows_do_not_depend_on_schedule_or_active_size(place: Path, schedule: str, active_size: int) -> None:
     reference = make_config(place, output_dir=str(place / "reference"))
     other = make_config(place, schedule=ScheduleConfig(name=schedule, active_size=active_size))
@@ -286,7 +290,7 @@ def test_a_chain_that_was_given_up_is_a_row_and_a_reject_and_is_not_tried_again(
 # --- stopping, dying, resuming ---
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "continuous"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("stops", [[1], [30], [60], [25, 40], [15, 15, 15, 15, 15, 15]])
 def test_stop_anywhere_and_resume_gives_the_same_rows_once_each(place: Path, schedule: str, stops: list[int]) -> None:
     changes: dict[str, Any] = {"schedule": ScheduleConfig(name=schedule, active_size=3), "samples_per_prompt": 2}
@@ -302,13 +306,13 @@ def test_stop_anywhere_and_resume_gives_the_same_rows_once_each(place: Path, sch
     assert make_plan(config).pending == []
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "continuous"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_every_chain_that_had_its_answer_when_the_stop_came_is_committed(place: Path, schedule: str) -> None:
     """Whatever was finished is kept: where rounds are long, a lost round is minutes of two engines."""
     chat = make_plan(make_config(place)).formats[Role.base]
     openings = {f"p{row}": chat.opening(f"{PROMPTS[row % len(PROMPTS)]} {row}") for row in range(NUM_PROMPTS)}
     num_answered = 0
-    for after in range(20, 70, 3):
+    for after in range(10, 40, 2):
         answered: list[str] = []
 
         def script(role: Role, answered: list[str] = answered) -> Any:

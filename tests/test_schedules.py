@@ -1,7 +1,10 @@
 """Schedules decide when requests run, nothing else: each gives the plain loop's rows (docs/design.md, 3 and 5)."""
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -10,8 +13,11 @@ from hypothesis import strategies as st
 
 from specreason_batch.chain import Chain
 from specreason_batch.engine import EngineAborted
-from specreason_batch.rounds import RoundStats
-from specreason_batch.schedules import SCHEDULES, Driver, Stopped
+from specreason_batch.policies import POLICIES, Rules
+from specreason_batch.rounds import RoundReport, RoundStats
+from specreason_batch.schedules import SCHEDULES, Admission, Capacity, Driver, Stopped
+from specreason_batch.simulated_engine import CostProfile, SimulatedEngine, VirtualClock
+from specreason_batch.simulation import Workload, repeat_token
 from specreason_batch.types import (
     AnswerEnd,
     Completion,
@@ -26,7 +32,7 @@ from specreason_batch.types import (
     WriteAnswer,
 )
 from tests.support.plain_loop import plain_rows
-from tests.support.running import Run, Script, policy_of, run_world
+from tests.support.running import Run, Script, run_world
 from tests.support.worlds import PROMPTS, World, worlds
 
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", sorted(SCHEDULES))
@@ -330,9 +336,10 @@ def test_the_stop_signal_is_looked_at_before_every_poll(schedule: str) -> None:
 def test_an_abandoned_run_leaves_nothing_outstanding(schedule: str) -> None:
     """Else the engine's next user gets the completions of this one."""
     run = Run(BUSY, schedule=schedule)
-    driver = Driver(run.engines, run.translator, policy_of(BUSY), lambda: _stop_after(run, 8))
+    run.check_stop = lambda: _stop_after(run, 8)
+    driver = run.driver()
     with pytest.raises(Stopped):
-        for _ in SCHEDULES[schedule](driver, run._open(), 5):
+        for _ in SCHEDULES[schedule](driver):
             pass
     assert sum(engine.num_outstanding for engine in run.engines.values()) > 0
     driver.abandon()
@@ -453,3 +460,141 @@ def _nonzero(*sizes: int) -> list[int]:
 def _stop_after(run: Run, num_completions: int) -> None:
     if sum(len(engine.completions) for engine in run.engines.values()) >= num_completions:
         raise Stopped("enough")
+
+
+# --- time ---
+
+
+class ObservedEngine(SimulatedEngine):
+    """A simulated engine that keeps from when to when each of its requests was outstanding."""
+
+    def __init__(self, profile: CostProfile, clock: VirtualClock, device: str):
+        super().__init__(repeat_token, profile, clock, device)
+        self.began: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        super().submit(requests)
+        self.began |= {request.request_id: self.clock.now() for request in requests}
+
+    def poll(self, timeout: float) -> list[Completion]:
+        completions = super().poll(timeout)
+        self.ended |= {completion.request_id: self.clock.now() for completion in completions}
+        return completions
+
+    def num_outstanding_at(self, moment: float) -> int:
+        return sum(began < moment < self.ended[id] for id, began in self.began.items())
+
+
+@dataclass(slots=True)
+class TimedRun:
+    """A few chains on simulated engines. Costs are powers of two, so that virtual seconds add up exactly."""
+
+    schedule: str
+    active_size: int
+    shared: bool = True  # one device
+    request_seconds: float = 0.0  # our own time, for each request
+    opening_seconds: float = 2.0**-4  # our own time, for each chain that is opened
+    step_spread: float = 0.5
+    clock: VirtualClock = field(default_factory=VirtualClock)
+    engines: dict[Role, ObservedEngine] = field(default_factory=dict)
+    reports: list[RoundReport] = field(default_factory=list)
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(step_tokens=8, step_spread=self.step_spread, num_steps=6, accept_rate=0.6, seed=5)
+
+    def to_end(self) -> "TimedRun":
+        costs = {Role.draft: (2.0**-9, 2.0**-8), Role.base: (2.0**-8, 2.0**-5)}
+        for role, (host, device) in costs.items():
+            profile = CostProfile(host_seconds=host, pass_seconds=device, request_seconds=self.request_seconds)
+            self.engines[role] = ObservedEngine(profile, self.clock, "0" if self.shared else role)
+        capacities = {role: Capacity.of(engine.info) for role, engine in self.engines.items()}
+        policy = partial(POLICIES["specreason"].coroutine, rules=Rules(threshold=5.0))
+        driver = Driver(self.engines, self.workload, policy, Admission(self._open(), self.active_size, capacities))
+        self.reports = list(SCHEDULES[self.schedule](driver))
+        return self
+
+    def _open(self) -> Iterator[Chain]:
+        for chain in islice(self.workload.chains(), 9):
+            self.clock.spend(self.opening_seconds)
+            yield chain
+
+    @property
+    def stats(self) -> list[RoundStats]:
+        return [report.stats for report in self.reports]
+
+    @property
+    def moments(self) -> list[float]:
+        """When anything changed; nothing does in between."""
+        engines = self.engines.values()
+        changes = {moment for engine in engines for moment in (*engine.began.values(), *engine.ended.values())}
+        return sorted({0.0, self.clock.now()} | changes)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("active_size", [1, 4])
+@pytest.mark.parametrize("shared", [True, False])
+def test_seconds_are_accounted_by_what_was_outstanding_meanwhile(schedule: str, active_size: int, shared: bool) -> None:
+    """Against when the engines saw each request come and go."""
+    run = TimedRun(schedule, active_size, shared).to_end()
+    idle = 0.0
+    busy = dict.fromkeys(Role, 0.0)
+    requests = dict.fromkeys(Role, 0.0)
+    for began, ended in pairwise(run.moments):
+        counts = {role: engine.num_outstanding_at((began + ended) / 2) for role, engine in run.engines.items()}
+        idle += (ended - began) * (not any(counts.values()))
+        for role, count in counts.items():
+            busy[role] += (ended - began) * (count > 0)
+            requests[role] += (ended - began) * count
+    assert sum(item.idle_seconds for item in run.stats) == idle > 0.0
+    for role, engine in run.engines.items():
+        assert sum(item.busy_seconds[role] for item in run.stats) == busy[role]
+        assert sum(item.request_seconds[role] for item in run.stats) == requests[role]
+        assert requests[role] == sum(engine.ended[id] - began for id, began in engine.began.items())
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("active_size", [1, 4])
+def test_rounds_leave_no_gap(schedule: str, active_size: int) -> None:
+    run = TimedRun(schedule, active_size).to_end()
+    assert len(run.reports) > 1
+    assert sum(item.seconds for item in run.stats) == run.clock.now()
+
+
+@pytest.mark.parametrize("active_size", [1, 4])
+def test_in_lockstep_one_engine_works_or_none(active_size: int) -> None:
+    for item in TimedRun("lockstep", active_size, request_seconds=2.0**-10).to_end().stats:
+        assert sum(item.busy_seconds.values()) + item.idle_seconds == item.seconds
+
+
+def test_one_chain_at_a_time_in_lockstep_takes_what_its_passes_take() -> None:
+    """A step of 8 tokens is 8 passes, a grade or an answer one; submitting is our own time, and so is opening."""
+    run = TimedRun("lockstep", 1, request_seconds=2.0**-10, step_spread=0.0).to_end()
+    steps = [step for report in run.reports for chain in report.finished for step in chain.steps]
+    num_rejected = sum(step.rejected is not None for step in steps)
+    assert 0 < num_rejected < len(steps)
+    base_passes = len(steps) + 8 * num_rejected + 9
+    seconds = {Role.draft: 8 * len(steps) * (2.0**-9 + 2.0**-8), Role.base: base_passes * (2.0**-8 + 2.0**-5)}
+    num_requests = 2 * len(steps) + num_rejected + 9
+    for role in Role:
+        assert sum(item.busy_seconds[role] for item in run.stats) == seconds[role]
+        assert sum(item.request_seconds[role] for item in run.stats) == seconds[role]
+    assert sum(item.idle_seconds for item in run.stats) == num_requests * 2.0**-10 + 9 * 2.0**-4
+
+
+@EVERY_SCHEDULE
+@settings(max_examples=15, deadline=None)
+@given(world=worlds(), active_size=st.sampled_from([1, 3, 64]))
+def test_no_engine_is_busy_for_longer_than_a_round_takes_and_no_time_is_left_over(
+    schedule: str, world: World, active_size: int
+) -> None:
+    run = run_world(world, schedule=schedule, active_size=active_size)
+    for report in run.reports:
+        item = report.stats
+        assert set(item.busy_seconds) == set(item.request_seconds) == set(world.roles)
+        assert max(item.busy_seconds.values()) <= item.seconds + 1e-9
+        assert item.idle_seconds + sum(item.busy_seconds.values()) >= item.seconds - 1e-9
+        assert item.idle_seconds + max(item.busy_seconds.values()) <= item.seconds + 1e-9
+        for role, seconds in item.busy_seconds.items():
+            assert seconds - 1e-9 <= item.request_seconds[role] <= active_size * seconds + 1e-9

@@ -13,15 +13,21 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
+from specreason_batch import vllm_engine
 from specreason_batch.chat import ChatFormat, load_chat_format
+from specreason_batch.clock import WallClock
 from specreason_batch.config import ChatConfig
 from specreason_batch.engine import Engine, EngineDead
 from specreason_batch.judge import Judge, Question
 from specreason_batch.probe import probe_cache, probe_grade
+from specreason_batch.progress import Progress
+from specreason_batch.run import started_engines
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Role, Sampling
-from specreason_batch.vllm_engine import VllmEngine
+from specreason_batch.vllm_engine import VllmEngine, llm_arguments, shared_out_cores
 from tests.conftest import TOY, toy_engine_config
+from tests.support.configs import make_config
 
 GREEDY = Sampling(temperature=0.0)
 HOT = Sampling(temperature=1.0)
@@ -44,9 +50,9 @@ def opening(chat: ChatFormat) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def separate_engine() -> Iterator[VllmEngine]:
+def separate_engine(toy_clock: WallClock) -> Iterator[VllmEngine]:
     """An engine in processes of its own."""
-    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False, engine_timeout_seconds=5))
+    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False, engine_timeout_seconds=5), clock=toy_clock)
     yield engine
     engine.close()
 
@@ -138,6 +144,64 @@ def test_a_stop_string_ends_a_completion_where_no_token_can(
     assert stopped.finish_reason is FinishReason.stop
     assert free[: len(stopped.token_ids)] == stopped.token_ids
     assert text in chat.decode(stopped.token_ids)
+
+
+# --- nobody waits: an engine rings when a poll may have something ---
+
+PATIENCE = 5.0  # seconds that no wait may take while something is outstanding
+
+
+def complete_by_ringing(clock: WallClock, *engines: Engine) -> list[Completion]:
+    """Until nothing is outstanding: wait for the clock, poll without waiting."""
+    done: list[Completion] = []
+    while any(engine.num_outstanding for engine in engines):
+        began = time.monotonic()
+        clock.wait(PATIENCE)
+        assert time.monotonic() - began < PATIENCE / 2, "nobody rang"
+        for engine in engines:
+            done += engine.poll(0)
+    return done
+
+
+def test_waiting_for_the_clock_and_polling_without_waiting_completes_everything(
+    engine: Engine, toy_clock: WallClock, opening: list[int]
+) -> None:
+    requests = [ask(opening, str(n), max_tokens=n + 1) for n in range(8)]
+    engine.submit([*requests, ask([], "refused"), ask(opening, "gone", max_tokens=64)])
+    engine.abort(["gone"])
+    done = complete_by_ringing(toy_clock, engine)
+    assert sorted(completion.request_id for completion in done) == sorted([*map(str, range(8)), "refused"])
+
+
+def test_two_engines_are_waited_for_at_once(
+    engine: Engine, toy_engines: dict[Role, Engine], toy_clock: WallClock, opening: list[int]
+) -> None:
+    engine.submit([ask(opening, f"one {n}", max_tokens=4) for n in range(4)])
+    toy_engines[Role.base].submit([ask(opening, f"other {n}", max_tokens=40) for n in range(4)])
+    assert len(complete_by_ringing(toy_clock, engine, toy_engines[Role.base])) == 8
+
+
+def test_a_refusal_alone_rings(engine: Engine, toy_clock: WallClock) -> None:
+    engine.submit([ask([], "refused")])
+    assert [completion.request_id for completion in complete_by_ringing(toy_clock, engine)] == ["refused"]
+
+
+def test_what_is_put_out_before_anybody_waits_is_not_missed(
+    engine: Engine, toy_clock: WallClock, opening: list[int]
+) -> None:
+    engine.submit([ask(opening, str(n), max_tokens=4 * n + 1) for n in range(4)])
+    time.sleep(1)
+    assert len(complete_by_ringing(toy_clock, engine)) == 4
+
+
+def test_with_nothing_outstanding_nobody_rings(engine: Engine, toy_clock: WallClock, opening: list[int]) -> None:
+    engine.submit([ask(opening, "a")])
+    complete_by_ringing(toy_clock, engine)
+    toy_clock.wait(0.3)  # an engine's last word may come after its last completion
+    began = time.monotonic()
+    toy_clock.wait(0.3)
+    assert time.monotonic() - began >= 0.3
+    assert engine.poll(0) == []
 
 
 # --- one bad request is refused alone ---
@@ -284,11 +348,97 @@ def test_an_engine_knows_its_window_vocabulary_and_capacity(engine: Engine) -> N
         ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens"),
         ({"max_model_len": 1 << 20}, "max_model_len"),
         ({"vllm_args": {"kv_offloading_size": 1.0}}, "offload"),
+        ({"kv_offload_gib": 1}, "kv_offload_gib: 1 needs a GPU; allowed on a CPU: null"),
+        (
+            {"cpu_cores": [4095], "in_process": False},
+            r"cpu_cores: this process may not use \[4095\]; allowed: some of ",
+        ),
+        ({"vllm_args": {"num_gpu_blocks_override": 32}}, "num_gpu_blocks_override: 32 .* allowed: at least 33"),
     ],
 )
 def test_what_vllm_does_not_take_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
         VllmEngine(toy_engine_config(Role.draft, **changes))
+
+
+@pytest.mark.parametrize("blocks", [33, 63, 626])
+def test_a_small_cache_says_so_and_changes_no_token(
+    blocks: int, toy_engines: dict[Role, Engine], opening: list[int]
+) -> None:
+    """Requests that outgrow the cache are preempted, and computed again where they stood."""
+    engine = VllmEngine(toy_engine_config(Role.base, vllm_args={"num_gpu_blocks_override": blocks}))
+    try:
+        assert engine.info.kv_capacity_tokens == (blocks - 1) * 32
+        requests = [ask([*opening, n], str(n), max_tokens=200, sampling=HOT, seed=n) for n in range(16)]
+        requests.append(ask((opening * 40)[:1000], "whole window", max_tokens=24))
+        done, roomy = complete(engine, *requests), complete(toy_engines[Role.base], *requests)
+        assert sum(len(opening) + len(completion.token_ids) for completion in done.values()) > 2016
+        assert {id: completion.token_ids for id, completion in done.items()} == {
+            id: completion.token_ids for id, completion in roomy.items()
+        }
+    finally:
+        engine.close()
+
+
+def test_a_whole_cache_holds_a_prompt_of_its_capacity_and_nothing_beside_it(opening: list[int]) -> None:
+    """After a prompt as long as the cache nothing of an earlier one is left; after one a block shorter, one block."""
+    engine = VllmEngine(toy_engine_config(Role.base, vllm_args={"num_gpu_blocks_override": 33}))
+    try:
+        capacity = engine.info.kv_capacity_tokens
+        left = []
+        for length in (capacity, capacity - 32):
+            complete(engine, ask([7] * 65, "early", 1))
+            complete(engine, ask((opening * 40)[: length - 1], "long", 1))
+            left.append(complete(engine, ask([7] * 65, "again", 1))["again"].num_cached_tokens)
+        assert left == [0, 32]
+    finally:
+        engine.close()
+
+
+def test_the_capacity_is_right_where_the_window_is_no_multiple_of_a_block() -> None:
+    engine = VllmEngine(toy_engine_config(Role.base, max_model_len=1000))
+    try:
+        blocks: int = engine._engine.vllm_config.cache_config.num_gpu_blocks
+        assert engine.info.kv_capacity_tokens == (blocks - 1) * 32
+    finally:
+        engine.close()
+
+
+def test_on_a_gpu_offloading_is_passed_on_and_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    config = toy_engine_config(Role.base, kv_offload_gib=3, in_process=False)
+    vllm_engine.check_platform(config)
+    assert llm_arguments(config)["kv_offloading_size"] == 3
+    assert "kv_offloading_size" not in llm_arguments(toy_engine_config(Role.base))
+    assert shared_out_cores(2) is None
+    with pytest.raises(InvalidInput, match=r"cpu_cores: \[0\] binds CPU engines only; allowed on a GPU: null"):
+        vllm_engine.check_platform(toy_engine_config(Role.base, cpu_cores=[0], in_process=False))
+
+
+@pytest.mark.parametrize(
+    ("usable", "threads", "taken", "shares"),
+    [
+        ({0, 1}, 1, (), [[0], [1]]),
+        ({3, 5, 8}, 1, (), [[3, 5], [8]]),
+        ({4}, 1, (), [[4], [4]]),
+        ({0, 1, 2, 3, 4, 5, 6, 7}, 2, (), [[0, 1], [2, 3]]),
+        ({0, 4}, 2, (), [[0], [4]]),
+        ({0, 1, 2}, 1, (0,), [[1], [2]]),
+        ({0, 1}, 1, (0, 1), [[0], [1]]),
+    ],
+)
+def test_two_engines_share_out_the_cores(
+    usable: set[int], threads: int, taken: tuple[int, ...], shares: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads a core, threads n and n + 4 are one core's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: usable)
+    monkeypatch.setattr(vllm_engine, "_siblings", lambda core: (core % 4, core % 4 + 4) if threads == 2 else (core,))
+    monkeypatch.delenv(vllm_engine.BINDING, raising=False)
+    assert shared_out_cores(2, taken) == shares
+    monkeypatch.setenv(vllm_engine.BINDING, "0-1")
+    assert shared_out_cores(2, taken) is None
 
 
 def test_an_exception_in_a_step_leaves_nothing_to_the_next_call(
@@ -376,6 +526,63 @@ def test_a_killed_engine_is_dead_at_once_and_stays_dead(opening: list[int]) -> N
     finally:
         engine.close()
     assert not [child for child in _engine_processes() if child not in before]
+
+
+@pytest.mark.slow
+def test_a_killed_engine_rings(opening: list[int]) -> None:
+    before, clock = set(_engine_processes()), WallClock()
+    engine = VllmEngine(toy_engine_config(Role.draft, in_process=False), clock=clock)
+    try:
+        engine.submit([ask(opening, "a", max_tokens=900)])
+        for child in set(_engine_processes()) - before:
+            child.kill()
+        with pytest.raises(EngineDead):
+            complete_by_ringing(clock, engine)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize("configured", [True, False])
+def test_two_engines_work_on_cores_of_their_own_and_ring_one_clock(
+    configured: bool, opening: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configured the other way round than they are shared out."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to ask the workers how many threads they have
+    if configured:
+        monkeypatch.setenv(vllm_engine.BINDING, "nobind")
+    base, draft = ([second], [first]) if configured else shared_out_cores(2) or ([], [])
+    cores = {Role.base: base, Role.draft: draft} if configured else {}
+    pair = {role: toy_engine_config(role, in_process=False, cpu_cores=cores.get(role)) for role in Role}
+    config = make_config(tmp_path, draft=pair[Role.draft], base=pair[Role.base])
+    before, threads, clock = set(_engine_processes()), _affinities(psutil.Process()), WallClock()
+    with started_engines(config, frozenset(Role), Progress(Console(quiet=True), 1e9), clock) as engines:
+        assert os.environ.get(vllm_engine.BINDING) == ("nobind" if configured else None)
+        assert _affinities(psutil.Process()) == threads
+        cores_of = [core for core in psutil.Process().children() if core in set(_engine_processes()) - before]
+        trees = [[core, *core.children()] for core in sorted(cores_of, key=psutil.Process.create_time)]
+        assert [len(tree) for tree in trees] == [2, 2]
+        for tree, bound in zip(trees, (base, draft), strict=True):
+            assert {_core_list(text) for process in tree for text in _affinities(process)} == {tuple(bound)}
+        for role, engine in engines.items():
+            workers: Any = engine
+            [omp_threads] = workers._llm.collective_rpc(lambda _: __import__("torch").get_num_threads())
+            assert omp_threads == len(base if role is Role.base else draft)
+            engine.submit([ask(opening, f"{role} {n}", max_tokens=40) for n in range(8)])
+        assert len(complete_by_ringing(clock, *engines.values())) == 16
+
+
+def _affinities(process: psutil.Process) -> set[str]:
+    """Of all threads, as the system writes them: 0-3,8."""
+    status = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/status")]
+    return {text.split("Cpus_allowed_list:")[1].split()[0] for text in status}
+
+
+def _core_list(text: str) -> tuple[int, ...]:
+    spans = [part.split("-") for part in text.split(",")]
+    return tuple(core for span in spans for core in range(int(span[0]), int(span[-1]) + 1))
 
 
 def _poll_for(engine: Engine, seconds: float) -> list[Completion]:

@@ -1,20 +1,24 @@
 """What every schedule shares: chains walking through their policies, requests out, completions back in.
 
 Owns: matching completions to asks, accounting them to rounds and chains, giving up a chain whose request was refused.
-Does not know: when requests should run (a schedule's), what they mean (the translator's).
+Does not know: when requests should run (a schedule's), what they mean (the translator's), how many chains fit
+(admission's).
 """
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from specreason_batch.chain import Chain, Policy
+from specreason_batch.clock import Clock
 from specreason_batch.engine import Engine, EngineAborted
 from specreason_batch.rounds import RoundReport, RoundStats
-from specreason_batch.translator import Translator
-from specreason_batch.types import Ask, Completion, Coroutine, FinishReason, GradeOf, Phase, Request, Result, Role
+from specreason_batch.schedules.admission import Admission
+from specreason_batch.schedules.walk import Walk
+from specreason_batch.types import Ask, Completion, FinishReason, GradeOf, Phase, Request, Result, Role
 
 POLL_SECONDS = 0.5  # how often a wait looks at the stop signal
 
@@ -23,43 +27,12 @@ class Stopped(Exception):
     """The run was asked to stop; nothing of the chains in flight is lost but the step that each is at."""
 
 
-@dataclass(slots=True)
-class Walk:
-    """One chain on its way through its policy."""
+class Translation(Protocol):
+    """Asks to requests, completions to results: the translator's side that a driver needs."""
 
-    chain: Chain
-    coroutine: Coroutine
-    started: float
-    asks: tuple[Ask, ...] = ()
-    results: dict[int, Result] = field(default_factory=dict)
-    asks_tuple: bool = False  # the policy yielded a tuple, and is sent one
+    def request(self, chain: Chain, ask: Ask, request_id: str) -> Request: ...
 
-    @property
-    def is_over(self) -> bool:
-        return not self.asks
-
-    @property
-    def waiting(self) -> list[int]:
-        """Places of the asks that have no result yet."""
-        return [place for place in range(len(self.asks)) if place not in self.results]
-
-    def advance(self) -> None:
-        """Send the results in; the coroutine runs to its next asks, or to its end."""
-        results = tuple(self.results[place] for place in range(len(self.asks)))
-        sent = (results if self.asks_tuple else results[0]) if results else None
-        self.results = {}
-        try:
-            asked = self.coroutine.send(sent)
-        except StopIteration:
-            self.asks = ()
-            return
-        self.asks_tuple = isinstance(asked, tuple)
-        self.asks = asked if isinstance(asked, tuple) else (asked,)
-
-    def give_up(self, why: str) -> None:
-        self.coroutine.close()
-        self.chain.give_up(why)
-        self.asks, self.results = (), {}
+    def result(self, ask: Ask, completion: Completion) -> Result: ...
 
 
 class Outstanding(NamedTuple):
@@ -76,114 +49,197 @@ class Driver:
     """Moves walks forward on two engines, and keeps the round's account."""
 
     engines: Mapping[Role, Engine]
-    translator: Translator
+    translator: Translation
     policy: Policy
+    admission: Admission
     check_stop: Callable[[], None] = lambda: None  # raises Stopped
     stats: RoundStats = field(default_factory=lambda: RoundStats(0, time.time()))
-    _began: float | None = None  # of the round; None between rounds
+    clock: Clock = field(init=False)  # the engines'
+    _began: float = field(init=False)  # of the round, on the clock
+    _tallied: float = field(init=False)  # until when the round's seconds are accounted
+    _in_round: bool = False
     _finished: list[Chain] = field(default_factory=list)
+    _walk_numbers: Iterator[int] = field(default_factory=itertools.count)
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _outstanding: dict[str, Outstanding] = field(default_factory=dict)
+    _in_phase: Counter[Phase] = field(default_factory=Counter)
+    _num_outstanding: dict[Role, int] = field(init=False)
 
-    def start(self, chain: Chain) -> Walk:
-        """Begin a chain's policy; the walk then has its first asks."""
-        walk = Walk(chain, self.policy(chain), time.monotonic())
-        chain.round = self.stats.round
-        walk.advance()
-        return walk
+    def __post_init__(self) -> None:
+        self.clock = next(iter(self.engines.values())).clock
+        assert all(engine.clock is self.clock for engine in self.engines.values()), "one clock for both engines"
+        self._began = self._tallied = self.clock.now()
+        self._num_outstanding = dict.fromkeys(self.engines, 0)
 
-    def refill(self, active: list[Walk], chains: Iterator[Chain], active_size: int) -> list[Walk]:
-        """Let those that are over leave; start chains until `active_size` walk or no more come; the new ones."""
-        active[:] = [walk for walk in active if not walk.is_over]
-        new = [self.start(chain) for chain in itertools.islice(chains, max(0, active_size - len(active)))]
-        active.extend(new)
-        return new
+    # --- what a schedule says ---
+
+    def refill(self, at_rest: Iterable[Walk]) -> list[Walk]:
+        """The walks that may go on: of these the ones that are neither over nor parked, and those that come in."""
+        at_rest = list(at_rest)
+        for walk in at_rest:
+            if walk.is_over:
+                self.admission.leave(walk)
+        self.admission.park_surplus()
+        staying = [walk for walk in at_rest if walk.is_active]
+        return staying + list(self._enter())
 
     def submit(self, walks: Iterable[Walk], phases: Iterable[Phase] = Phase) -> None:
-        """Send the walks' waiting asks of these phases to their engines, one batch an engine."""
+        """Send the walks' unsent asks of these phases to their engines, one batch an engine."""
         wanted = frozenset(phases)
         batches: dict[Role, list[Request]] = {role: [] for role in self.engines}
         for walk in walks:
-            for place in walk.waiting:
+            for place in walk.unsent(wanted):
                 ask = walk.asks[place]
-                if ask.phase in wanted:
-                    request = self.translator.request(walk.chain, ask, str(next(self._ids)))
-                    self._outstanding[request.request_id] = Outstanding(walk, place, ask, request)
-                    batches[ask.engine].append(request)
+                request = self.translator.request(walk.chain, ask, str(next(self._ids)))
+                self._outstanding[request.request_id] = Outstanding(walk, place, ask, request)
+                self._in_phase[ask.phase] += 1
+                walk.sent.add(place)
+                batches[ask.engine].append(request)
         for role, batch in batches.items():
             if batch:
                 self.engines[role].submit(batch)
+        self._tally()
 
-    def drain(self, role: Role) -> float:
-        """Take completions until nothing is outstanding at this engine; seconds that it took."""
-        began = time.monotonic()
-        while self.engines[role].num_outstanding:
-            for _ in self.take(role, POLL_SECONDS):
-                pass
-        return time.monotonic() - began
+    def num_outstanding(self, role: Role) -> int:
+        """Requests on their way to or at this role's engine."""
+        return self._num_outstanding.get(role, 0)
 
-    def take(self, role: Role, timeout: float) -> Iterator[Walk]:
-        """Completions of one poll, handed to their walks; yields each walk that moved on."""
+    def num_in_phase(self, phase: Phase) -> int:
+        """Requests of this phase on their way."""
+        return self._in_phase[phase]
+
+    @property
+    def has_outstanding(self) -> bool:
+        return bool(self._outstanding)
+
+    def take(self) -> list[Walk]:
+        """Wait for completions, POLL_SECONDS at most; the walks that they moved on."""
         self.check_stop()
-        for completion in self.engines[role].poll(timeout):
-            walk, place, ask, request = self._outstanding.pop(completion.request_id)
-            self._account(walk, ask, request, completion)
-            if completion.finish_reason is FinishReason.abort:
-                raise EngineAborted(f"the {role} engine cut request {completion.request_id} short")
-            if walk.is_over:  # given up over another of its asks
-                continue
-            if completion.finish_reason is FinishReason.refused:
-                self._give_up(walk, f"the {role} engine refused a request: {completion.error}")
-                yield walk
-                continue
-            walk.results[place] = self.translator.result(ask, completion)
-            if not walk.waiting:
-                self._advance(walk)
-                yield walk
+        self.clock.wait(POLL_SECONDS)
+        moved = []
+        for engine in self.engines.values():
+            if engine.num_outstanding:
+                moved += [walk for completion in engine.poll(0.0) if (walk := self._receive(completion)) is not None]
+        self._tally()
+        return moved
+
+    def drain(self) -> list[Walk]:
+        """Take completions until nothing is outstanding; the walks that they moved on."""
+        moved = []
+        while self._outstanding:
+            moved += self.take()
+        return moved
 
     def abandon(self) -> None:
         """Forget what is outstanding, so that the engines can be used again."""
         for role, engine in self.engines.items():
             engine.abort([id for id, item in self._outstanding.items() if item.ask.engine is role])
         self._outstanding.clear()
+        self._in_phase.clear()
 
-    def begin_round(self, active: list[Walk]) -> None:
+    # --- rounds ---
+
+    def begin_round(self) -> None:
+        """A round begins where the last one ended, so that a run's rounds add up to its wall-clock time."""
+        active = self.admission.active
         self.stats = RoundStats(self.stats.round + 1, time.time(), num_active=len(active))
-        self._began = time.monotonic()
+        self._in_round = True
         for walk in active:
             walk.chain.round = self.stats.round
 
     @property
     def is_mid_round(self) -> bool:
-        return self._began is not None
+        return self._in_round
 
     def end_round(self) -> RoundReport:
         """The round's figures and the chains that ended in it, each handed out once; also for a round cut short."""
-        assert self._began is not None
+        assert self._in_round
+        self._tally()
         finished, self._finished = self._finished, []
         self.stats.num_finished = len(finished)
-        self.stats.seconds = time.monotonic() - self._began
-        self._began = None
+        self.stats.seconds, self._began = self._tallied - self._began, self._tallied
+        self.stats.num_waiting = len(self.admission.parked)
+        self.stats.num_parked, self.admission.num_parked = self.admission.num_parked, 0
+        self.stats.kv_load = dict(self.admission.load)
+        self.stats.kv_capacity = {role: engine.info.kv_capacity_tokens for role, engine in self.engines.items()}
+        self._in_round = False
         return RoundReport(self.stats, finished)
 
+    def _tally(self) -> None:
+        """Account the time since the last tally by what was outstanding meanwhile."""
+        now = self.clock.now()
+        elapsed, self._tallied = now - self._tallied, now
+        if not any(self._num_outstanding.values()):
+            self.stats.idle_seconds += elapsed
+        for role, count in self._num_outstanding.items():
+            self.stats.busy_seconds[role] = self.stats.busy_seconds.get(role, 0.0) + elapsed * (count > 0)
+            self.stats.request_seconds[role] = self.stats.request_seconds.get(role, 0.0) + elapsed * count
+            self._num_outstanding[role] = self.engines[role].num_outstanding
+
+    # --- walks ---
+
+    def _enter(self) -> Iterator[Walk]:
+        """Walks that come back, then new ones, while there is room."""
+        while (walk := self.admission.unpark() or self._start()) is not None:
+            walk.chain.round = self.stats.round
+            self.admission.enter(walk)
+            yield walk
+
+    def _start(self) -> Walk | None:
+        chain = self.admission.next_chain()
+        if chain is None:
+            return None
+        walk = Walk(chain, self.policy(chain), next(self._walk_numbers), self.clock.now())
+        walk.advance()
+        return walk
+
+    def _receive(self, completion: Completion) -> Walk | None:
+        """Hand a completion to its walk; the walk, if it moved on."""
+        walk, place, ask, request = self._outstanding.pop(completion.request_id)
+        self._in_phase[ask.phase] -= 1
+        walk.sent.discard(place)
+        self._account(walk, ask, request, completion)
+        if completion.finish_reason is FinishReason.abort:
+            raise EngineAborted(f"the {ask.engine} engine cut request {completion.request_id} short")
+        if walk.is_over:  # given up over another of its asks
+            return None
+        if completion.finish_reason is FinishReason.refused:
+            walk.give_up(f"the {ask.engine} engine refused a request: {completion.error}")
+            self._finished.append(walk.chain)
+            return walk
+        walk.results[place] = self.translator.result(ask, completion)
+        if not walk.can_advance:
+            return None
+        self._advance(walk)
+        return walk
+
     def _advance(self, walk: Walk) -> None:
-        walk.chain.usage.active_seconds = time.monotonic() - walk.started
+        walk.chain.usage.active_seconds = self.clock.now() - walk.started
         num_steps = len(walk.chain.steps)
         walk.advance()
         if walk.is_over:
             self._finished.append(walk.chain)
+        if len(walk.chain.steps) > num_steps:
+            self.admission.update(walk)
         for step in walk.chain.steps[num_steps:]:
             self.stats.num_accepted += step.accepted is True
             self.stats.num_rejected += step.accepted is False
             self.stats.num_unreadable += step.grade is not None and step.grade.score is None
 
-    def _give_up(self, walk: Walk, why: str) -> None:
-        walk.give_up(why)
-        self._finished.append(walk.chain)
-
     def _account(self, walk: Walk, ask: Ask, request: Request, completion: Completion) -> None:
-        self.stats.phases[ask.phase].count(request, completion)
+        recomputed = self._num_recomputed(walk, ask.engine, request, completion)
+        self.stats.phases[ask.phase].count(request, completion, recomputed)
+        self.admission.observe(len(request.suffix_token_ids) + len(completion.token_ids))
         usage = walk.chain.usage
         usage.num_cached_prompt_tokens += completion.num_cached_tokens
         if isinstance(ask, GradeOf):
             usage.num_grade_prompt_tokens += request.num_prompt_tokens
+
+    def _num_recomputed(self, walk: Walk, role: Role, request: Request, completion: Completion) -> int:
+        """Tokens of the chain that this engine had computed before, in whole blocks, and did not find in its cache."""
+        if completion.finish_reason is FinishReason.refused:
+            return 0
+        block = self.engines[role].info.block_size
+        known = min(walk.known.get(role, 0), request.num_prompt_tokens - 1) // block * block
+        walk.known[role] = len(request.prompt_token_ids)
+        return max(0, known - completion.num_cached_tokens)

@@ -2,13 +2,12 @@
 rewritten; then finished chains leave and new ones take their places.
 """
 
-import time
 from collections.abc import Iterator
 
-from specreason_batch.chain import Chain
 from specreason_batch.rounds import RoundReport
-from specreason_batch.schedules.driver import Driver, Walk
-from specreason_batch.types import Phase, Role
+from specreason_batch.schedules.driver import Driver
+from specreason_batch.schedules.walk import Walk
+from specreason_batch.types import Phase
 
 # Base-written answers ride in the batch of the rewrites: both are decoding by the base.
 ROUND = (
@@ -18,27 +17,14 @@ ROUND = (
 )
 
 
-def lockstep(driver: Driver, chains: Iterator[Chain], active_size: int) -> Iterator[RoundReport]:
-    """Run all chains, at most `active_size` at a time; yields a report after each round."""
+def lockstep(driver: Driver) -> Iterator[RoundReport]:
+    """Run all chains; yields a report after each round."""
     active: list[Walk] = []
-    while True:
-        driver.refill(active, chains, active_size)
-        if not active:
-            return
-        driver.begin_round(active)
+    while active := driver.refill(active):
+        driver.begin_round()
         for name, phases in ROUND:
-            driver.stats.phase_seconds[name] = _run_batch(driver, active, phases)
+            began = driver.clock.now()
+            driver.submit(active, phases)
+            driver.drain()
+            driver.stats.phase_seconds[name] = driver.clock.now() - began
         yield driver.end_round()
-
-
-def _run_batch(driver: Driver, active: list[Walk], phases: tuple[Phase, ...]) -> float:
-    """One batch to its end; seconds."""
-    began = time.monotonic()
-    driver.submit(active, phases)
-    for role in driver.engines:
-        seconds = driver.drain(role)
-        if role is Role.draft:
-            driver.stats.draft_busy_seconds += seconds
-        else:
-            driver.stats.base_busy_seconds += seconds
-    return time.monotonic() - began

@@ -13,7 +13,7 @@ from specreason_batch.rounds import RoundStats
 from specreason_batch.translator import ThinkingText, Translator
 from specreason_batch.types import AnswerEnd, Phase, Role, Step
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _TEXT = pa.string()
 _INT = pa.int64()
@@ -64,7 +64,15 @@ STEPS = _schema(
     round=_INT,
 )
 
-PHASE_COUNTS = ("num_requests", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens")
+PHASE_COUNTS = (
+    "num_requests",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_recomputed_tokens",
+    "num_generated_tokens",
+)
+
+ENGINE_FIGURES = {"busy_seconds": _FLOAT, "request_seconds": _FLOAT, "kv_load": _INT, "kv_capacity": _INT}
 
 ROUNDS = _schema(
     round=_INT,
@@ -72,11 +80,13 @@ ROUNDS = _schema(
     seconds=_FLOAT,
     num_active=_INT,
     num_finished=_INT,
+    num_parked=_INT,
+    num_waiting=_INT,
     num_accepted=_INT,
     num_rejected=_INT,
     num_unreadable=_INT,
-    draft_busy_seconds=_FLOAT,
-    base_busy_seconds=_FLOAT,
+    idle_seconds=_FLOAT,
+    **{f"{role}_{figure}": type for role in Role for figure, type in ENGINE_FIGURES.items()},
     **{f"{phase}_{count}": _INT for phase in Phase for count in PHASE_COUNTS},
     draft_seconds=_FLOAT,
     grade_seconds=_FLOAT,
@@ -166,11 +176,13 @@ def round_row(stats: RoundStats) -> dict[str, Any]:
         "seconds": stats.seconds,
         "num_active": stats.num_active,
         "num_finished": stats.num_finished,
+        "num_parked": stats.num_parked,
+        "num_waiting": stats.num_waiting,
         "num_accepted": stats.num_accepted,
         "num_rejected": stats.num_rejected,
         "num_unreadable": stats.num_unreadable,
-        "draft_busy_seconds": stats.draft_busy_seconds,
-        "base_busy_seconds": stats.base_busy_seconds,
+        "idle_seconds": stats.idle_seconds,
+        **{f"{role}_{figure}": getattr(stats, figure).get(role) for role in Role for figure in ENGINE_FIGURES},
         **{f"{phase}_{count}": getattr(stats.phases[phase], count) for phase in Phase for count in PHASE_COUNTS},
         **{f"{phase}_seconds": stats.phase_seconds.get(phase) for phase in Phase if phase is not Phase.answer},
     }

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 from specreason_batch.chain import Chain, Policy
+from specreason_batch.clock import Clock, WallClock
 from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.rounds import RoundReport
-from specreason_batch.schedules import SCHEDULES, Driver
+from specreason_batch.schedules import SCHEDULES, Admission, Capacity, Driver
 from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.store.schemas import chain_rows
 from specreason_batch.translator import Decoding, Translator, Voice
@@ -41,8 +42,8 @@ def policy_of(world: World) -> Policy:
 class RecordingEngine(ScriptedEngine):
     """A scripted engine that keeps every batch, every completion handed out, and what was outstanding at each poll."""
 
-    def __init__(self, script: Script, max_model_len: int, order_seed: int):
-        super().__init__(script, max_model_len, order_seed=order_seed)
+    def __init__(self, script: Script, max_model_len: int, order_seed: int, clock: Clock, kv_capacity_tokens: int):
+        super().__init__(script, max_model_len, 1 << 17, order_seed, clock, kv_capacity_tokens)
         self.submitted: list[list[Request]] = []
         self.lent: dict[str, Request] = {}  # as it was asked, its prompt still the chain's own
         self.completions: list[Completion] = []
@@ -73,6 +74,7 @@ class Run:
     policy: Policy | None = None
     wrap: Callable[[Role, Script], Script] = lambda role, script: script
     check_stop: Callable[[], None] = lambda: None
+    kv_capacity: int = 1 << 20  # tokens, of each engine
     engines: dict[Role, RecordingEngine] = field(default_factory=dict)
     translator: Translator = field(init=False)
     chains: list[Chain] = field(default_factory=list)  # every one that was started
@@ -80,14 +82,20 @@ class Run:
 
     def __post_init__(self) -> None:
         self.translator = translator_of(self.world)
+        clock = WallClock()
         for index, role in enumerate(self.world.roles):
             script = self.wrap(role, self.world.model(role))
-            self.engines[role] = RecordingEngine(script, self.world.window(role), 2 * self.order_seed + index)
+            order_seed = 2 * self.order_seed + index
+            self.engines[role] = RecordingEngine(script, self.world.window(role), order_seed, clock, self.kv_capacity)
+
+    def driver(self) -> Driver:
+        capacities = {role: Capacity.of(engine.info) for role, engine in self.engines.items()}
+        admission = Admission(self._open(), self.active_size, capacities)
+        return Driver(self.engines, self.translator, self.policy or policy_of(self.world), admission, self.check_stop)
 
     def walk(self) -> Iterator[RoundReport]:
         """The schedule's reports, kept as they come."""
-        driver = Driver(self.engines, self.translator, self.policy or policy_of(self.world), self.check_stop)
-        for report in SCHEDULES[self.schedule](driver, self._open(), self.active_size):
+        for report in SCHEDULES[self.schedule](self.driver()):
             self.reports.append(report)
             yield report
 

@@ -1,0 +1,192 @@
+"""A cost profile of this machine's engines: experiments on each alone, then the profile that simulates them best.
+
+    python -m benchmarks.profile
+
+Experiments are batches of requests: so many sequences, so long a prompt, so many tokens generated, with and without a
+cached prefix. The forward model is the simulator itself, so that what it predicts elsewhere is what it was fitted by.
+Prints each experiment measured and simulated, and both profiles.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from jobs.launch import register_schema, to_config
+from specreason_batch.config import GenerateConfig
+from specreason_batch.engine import Engine
+from specreason_batch.progress import Progress
+from specreason_batch.run import started_engines
+from specreason_batch.simulated_engine import CostProfile, SimulatedEngine, VirtualClock
+from specreason_batch.simulation import repeat_token
+from specreason_batch.types import Request, Role, Sampling
+
+CONF = Path(__file__).parent.parent / "conf"
+REPEATS = 3
+# What is fitted, with a first guess in seconds.
+GUESS = {
+    "pass_seconds": 1e-3,
+    "sequence_seconds": 2e-5,
+    "prefill_token_seconds": 1e-5,
+    "kv_token_seconds": 1e-8,
+    "request_seconds": 2e-4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A batch of equal requests, submitted together and drained."""
+
+    num_sequences: int
+    num_prompt_tokens: int  # new ones
+    num_generated_tokens: int
+    num_cached_tokens: int = 0  # of prompt before them, computed by an earlier request
+
+    def requests(self, seed: int) -> list[Request]:
+        """Prompts of random tokens; what is to be cached is the lent list, as a chain is, the rest the suffix."""
+        chosen = random.Random(seed)
+        sampling = Sampling(temperature=1.0)
+        return [
+            Request(
+                request_id=f"{seed}-{number}",
+                prompt_token_ids=[chosen.randrange(100, 200) for _ in range(self.num_cached_tokens)],
+                suffix_token_ids=tuple(chosen.randrange(100, 200) for _ in range(self.num_prompt_tokens)),
+                max_tokens=self.num_generated_tokens,
+                sampling=sampling,
+                seed=number,
+            )
+            for number in range(self.num_sequences)
+        ]
+
+    def seconds(self, engine: Engine, seed: int) -> float:
+        """On this engine's clock."""
+        requests = self.requests(seed)
+        if self.num_cached_tokens:
+            _drain(engine, [_opening(request) for request in requests])
+        began = engine.clock.now()
+        _drain(engine, requests)
+        return engine.clock.now() - began
+
+    def simulated_seconds(self, profile: CostProfile) -> float:
+        return self.seconds(SimulatedEngine(repeat_token, profile, VirtualClock()), 0)
+
+
+EXPERIMENTS = (
+    *(Experiment(sequences, 40, 24) for sequences in (1, 4, 16, 64, 256)),
+    *(Experiment(sequences, 400, 24) for sequences in (1, 16, 64)),
+    *(Experiment(sequences, tokens, 1) for sequences in (1, 8, 64) for tokens in (30, 100, 300)),
+    *(Experiment(sequences, 40, 1, 320) for sequences in (1, 8, 64)),
+    *(Experiment(sequences, 40, 10, 160) for sequences in (1, 8, 32, 128)),
+)
+
+
+def _opening(request: Request) -> Request:
+    """A request that leaves this one's lent list in the cache."""
+    return replace(request, request_id=f"{request.request_id}-opening", suffix_token_ids=(), max_tokens=1)
+
+
+def _drain(engine: Engine, requests: Sequence[Request]) -> None:
+    engine.submit(requests)
+    while engine.num_outstanding:
+        engine.clock.wait(1.0)
+        engine.poll(0.0)
+
+
+def measure(engine: Engine) -> list[float]:
+    """Median seconds of each experiment, after one that does not count."""
+    seeds = iter(range(1, 1_000_000))
+    runs = [[experiment.seconds(engine, next(seeds)) for experiment in EXPERIMENTS] for _ in range(REPEATS + 1)]
+    return [statistics.median(values) for values in zip(*runs[1:], strict=True)]
+
+
+def fit(measured: Sequence[float], start: CostProfile) -> CostProfile:
+    """The profile whose simulated experiments take what was measured: least squares of the log-ratios, damped
+    Gauss-Newton over the logarithms of GUESS's figures.
+    """
+    values = np.log(np.array(list(GUESS.values())))
+    residuals = _residuals(values, measured, start)
+    damping = 1.0
+    for _ in range(40):
+        jacobian = np.stack(
+            [(_residuals(values + 0.05 * unit, measured, start) - residuals) / 0.05 for unit in np.eye(len(values))], 1
+        )
+        step = np.linalg.solve(jacobian.T @ jacobian + damping * np.eye(len(values)), -jacobian.T @ residuals)
+        trial = _residuals(values + step, measured, start)
+        if trial @ trial < residuals @ residuals:
+            values, residuals, damping = values + step, trial, damping / 3
+        else:
+            damping *= 4
+    return _profile(values, start)
+
+
+def _residuals(values: np.ndarray, measured: Sequence[float], start: CostProfile) -> np.ndarray:
+    profile = _profile(values, start)
+    return np.log([experiment.simulated_seconds(profile) for experiment in EXPERIMENTS]) - np.log(measured)
+
+
+def _profile(values: np.ndarray, start: CostProfile) -> CostProfile:
+    return replace(start, **dict(zip(GUESS, (float(value) for value in np.exp(values)), strict=True)))
+
+
+def start_profile(engine: Engine) -> CostProfile:
+    """What is known without measuring. The engine's process has a core of its own: nothing overlaps inside it."""
+    info = engine.info
+    return CostProfile(
+        host_seconds=0.0,
+        pass_seconds=0.0,
+        kv_capacity_tokens=info.kv_capacity_tokens,
+        block_size=info.block_size,
+        max_sequences=256,
+        chunked_prefill=False,
+    )
+
+
+def show(console: Console, role: Role, measured: Sequence[float], profile: CostProfile) -> None:
+    table = Table("sequences", "cached", "prompt", "generated", "measured ms", "simulated ms", "ratio", title=role)
+    for experiment, seconds in zip(EXPERIMENTS, measured, strict=True):
+        simulated = experiment.simulated_seconds(profile)
+        table.add_row(
+            *map(
+                str,
+                (
+                    experiment.num_sequences,
+                    experiment.num_cached_tokens,
+                    experiment.num_prompt_tokens,
+                    experiment.num_generated_tokens,
+                ),
+            ),
+            f"{seconds * 1e3:.1f}",
+            f"{simulated * 1e3:.1f}",
+            f"{simulated / seconds:.2f}",
+        )
+    console.print(table)
+    console.print({name: float(f"{getattr(profile, name):.3g}") for name in GUESS})
+
+
+def toy_config(*overrides: str) -> GenerateConfig:
+    """The toy pair, each engine in a process of its own."""
+    register_schema()
+    apart = ["draft.in_process=false", "base.in_process=false", "output_dir=unused"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_config(compose("generate", [*apart, *overrides]))
+
+
+def main() -> None:
+    console = Console(width=120)
+    with started_engines(toy_config(), frozenset(Role), Progress(console, 1e9)) as engines:
+        for role, engine in engines.items():
+            began = time.monotonic()
+            measured = measure(engine)
+            console.print(f"{role}: measured in {time.monotonic() - began:.0f} s")
+            show(console, role, measured, fit(measured, start_profile(engine)))
+
+
+if __name__ == "__main__":
+    main()
