@@ -35,7 +35,8 @@ GUESS = {
     "pass_seconds": 1e-3,
     "sequence_seconds": 2e-5,
     "prefill_token_seconds": 1e-5,
-    "kv_token_seconds": 1e-8,
+    "kv_token_seconds": 3e-7,
+    "attention_seconds": 2e-8,
     "request_seconds": 2e-4,
 }
 

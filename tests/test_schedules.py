@@ -537,7 +537,7 @@ class TimedRun:
 @pytest.mark.parametrize("shared", [True, False])
 def test_seconds_are_accounted_by_what_was_outstanding_meanwhile(schedule: str, active_size: int, shared: bool) -> None:
     """Against when the engines saw each request come and go."""
-    run = TimedRun(schedule, active_size, shared).to_end()
+    run = TimedRun(schedule, active_size, shared, request_seconds=2.0**-10).to_end()
     idle = 0.0
     busy = dict.fromkeys(Role, 0.0)
     requests = dict.fromkeys(Role, 0.0)

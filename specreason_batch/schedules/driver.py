@@ -42,6 +42,7 @@ class Outstanding(NamedTuple):
     place: int
     ask: Ask
     request: Request
+    num_known: int  # tokens of its chain that its engine had computed when it was sent
 
 
 @dataclass(slots=True)
@@ -91,14 +92,15 @@ class Driver:
             for place in walk.unsent(wanted):
                 ask = walk.asks[place]
                 request = self.translator.request(walk.chain, ask, str(next(self._ids)))
-                self._outstanding[request.request_id] = Outstanding(walk, place, ask, request)
+                known = walk.known.get(ask.engine, 0)
+                self._outstanding[request.request_id] = Outstanding(walk, place, ask, request, known)
                 self._in_phase[ask.phase] += 1
                 walk.sent.add(place)
                 batches[ask.engine].append(request)
         for role, batch in batches.items():
             if batch:
                 self.engines[role].submit(batch)
-        self._tally()
+                self._tally()
 
     def num_outstanding(self, role: Role) -> int:
         """Requests on their way to or at this role's engine."""
@@ -119,8 +121,9 @@ class Driver:
         moved = []
         for engine in self.engines.values():
             if engine.num_outstanding:
-                moved += [walk for completion in engine.poll(0.0) if (walk := self._receive(completion)) is not None]
-        self._tally()
+                completions = engine.poll(0.0)
+                self._tally()
+                moved += [walk for completion in completions if (walk := self._receive(completion)) is not None]
         return moved
 
     def drain(self) -> list[Walk]:
@@ -195,10 +198,11 @@ class Driver:
 
     def _receive(self, completion: Completion) -> Walk | None:
         """Hand a completion to its walk; the walk, if it moved on."""
-        walk, place, ask, request = self._outstanding.pop(completion.request_id)
+        sent = self._outstanding.pop(completion.request_id)
+        walk, place, ask = sent.walk, sent.place, sent.ask
         self._in_phase[ask.phase] -= 1
         walk.sent.discard(place)
-        self._account(walk, ask, request, completion)
+        self._account(sent, completion)
         if completion.finish_reason is FinishReason.abort:
             raise EngineAborted(f"the {ask.engine} engine cut request {completion.request_id} short")
         if walk.is_over:  # given up over another of its asks
@@ -226,20 +230,20 @@ class Driver:
             self.stats.num_rejected += step.accepted is False
             self.stats.num_unreadable += step.grade is not None and step.grade.score is None
 
-    def _account(self, walk: Walk, ask: Ask, request: Request, completion: Completion) -> None:
-        recomputed = self._num_recomputed(walk, ask.engine, request, completion)
-        self.stats.phases[ask.phase].count(request, completion, recomputed)
+    def _account(self, sent: Outstanding, completion: Completion) -> None:
+        request, usage = sent.request, sent.walk.chain.usage
+        self.stats.phases[sent.ask.phase].count(request, completion, self._num_recomputed(sent, completion))
         self.admission.observe(len(request.suffix_token_ids) + len(completion.token_ids))
-        usage = walk.chain.usage
         usage.num_cached_prompt_tokens += completion.num_cached_tokens
-        if isinstance(ask, GradeOf):
+        if isinstance(sent.ask, GradeOf):
             usage.num_grade_prompt_tokens += request.num_prompt_tokens
 
-    def _num_recomputed(self, walk: Walk, role: Role, request: Request, completion: Completion) -> int:
-        """Tokens of the chain that this engine had computed before, in whole blocks, and did not find in its cache."""
+    def _num_recomputed(self, sent: Outstanding, completion: Completion) -> int:
+        """Tokens of the chain that its engine had computed before, in whole blocks, and did not find in its cache."""
         if completion.finish_reason is FinishReason.refused:
             return 0
+        role, request = sent.ask.engine, sent.request
+        sent.walk.known[role] = len(request.prompt_token_ids)
         block = self.engines[role].info.block_size
-        known = min(walk.known.get(role, 0), request.num_prompt_tokens - 1) // block * block
-        walk.known[role] = len(request.prompt_token_ids)
+        known = min(sent.num_known, request.num_prompt_tokens - 1) // block * block
         return max(0, known - completion.num_cached_tokens)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from specreason_batch.chain import Chain, Policy
@@ -11,6 +12,8 @@ from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules import SCHEDULES, Admission, Capacity, Driver
 from specreason_batch.scripted_engine import ScriptedEngine
+from specreason_batch.simulated_engine import SimulatedEngine, VirtualClock
+from specreason_batch.simulation import Hardware, Workload, repeat_token
 from specreason_batch.store.schemas import chain_rows
 from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import Completion, Prompt, Request, Role
@@ -77,6 +80,7 @@ class Run:
     kv_capacity: int = 1 << 20  # tokens, of each engine
     engines: dict[Role, RecordingEngine] = field(default_factory=dict)
     translator: Translator = field(init=False)
+    admission: Admission = field(init=False)  # of the last driver
     chains: list[Chain] = field(default_factory=list)  # every one that was started
     reports: list[RoundReport] = field(default_factory=list)
 
@@ -90,8 +94,9 @@ class Run:
 
     def driver(self) -> Driver:
         capacities = {role: Capacity.of(engine.info) for role, engine in self.engines.items()}
-        admission = Admission(self._open(), self.active_size, capacities)
-        return Driver(self.engines, self.translator, self.policy or policy_of(self.world), admission, self.check_stop)
+        self.admission = Admission(self._open(), self.active_size, capacities)
+        policy = self.policy or policy_of(self.world)
+        return Driver(self.engines, self.translator, policy, self.admission, self.check_stop)
 
     def walk(self) -> Iterator[RoundReport]:
         """The schedule's reports, kept as they come."""
@@ -131,3 +136,24 @@ def _steady(row: Row) -> Row:
 
 def run_world(world: World, **settings: Any) -> Run:
     return Run(world, **settings).to_end()
+
+
+def run_workload(
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    num_chains: int,
+    schedule: str = "lockstep",
+    policy: str = "specreason",
+    active_size: int = 64,
+    bounded: bool = True,
+) -> list[RoundReport]:
+    """So many chains of a workload to their ends, in virtual time."""
+    clock = VirtualClock()
+    profiles = {Role.draft: hardware.draft, Role.base: hardware.base}
+    engines = {role: SimulatedEngine(repeat_token, profiles[role], clock) for role in POLICIES[policy].roles}
+    capacities = {role: Capacity.of(engine.info) for role, engine in engines.items()}
+    admission = Admission(islice(workload.chains(), num_chains), active_size, capacities, bounded)
+    rules = Rules(accept_rate=workload.accept_rate, threshold=5.0)
+    driver = Driver(engines, workload, partial(POLICIES[policy].coroutine, rules=rules), admission)
+    return list(SCHEDULES[schedule](driver))
