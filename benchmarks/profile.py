@@ -38,6 +38,7 @@ GUESS = {
     "kv_token_seconds": 3e-7,
     "attention_seconds": 2e-8,
     "request_seconds": 2e-4,
+    "latency_seconds": 5e-4,
 }
 
 

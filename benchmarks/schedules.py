@@ -10,6 +10,7 @@ and its ratio to what was measured. Prints medians, and one JSON line.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -177,7 +178,7 @@ def main() -> None:
                     cell.seconds.append(seconds)
                     cell.idle_shares.append(idle)
             print(f"repeat {repeat} of {arguments.repeats} done", flush=True)
-    hardware = Hardware(draft=profiles[Role.draft], base=profiles[Role.base], shared=False)
+    hardware = Hardware(draft=profiles[Role.draft], base=profiles[Role.base], shared=False, cores=os.cpu_count())
     for cell in shown:
         cell.predicted = predict(cell, hardware)
     console.print(table(shown))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from specreason_batch.chain import Chain, Context
 from specreason_batch.rounds import RoundStats
 from specreason_batch.schedules import Admission, Capacity, Driver, Schedule
-from specreason_batch.simulated_engine import VirtualClock
 from specreason_batch.simulation import ACCEPTED, GREEDY, NO_LIMIT, UNLIMITED, Hardware, step_token
 from specreason_batch.types import (
     AnswerEnd,
@@ -111,7 +110,7 @@ def replay(
     recording: Recording, schedule: Schedule, hardware: Hardware, active_size: int, fit_memory: bool = True
 ) -> list[RoundStats]:
     """The rounds that it would have had, in virtual seconds."""
-    engines = {role: engine for role, engine in hardware.engines(VirtualClock()).items() if role in recording.roles}
+    engines = {role: engine for role, engine in hardware.engines(hardware.clock()).items() if role in recording.roles}
     capacities = {role: Capacity.of(engine.info) for role, engine in engines.items()}
     admission = Admission(recording.chains(), active_size, capacities, fit_memory)
     driver = Driver(engines, recording, recording.policy, admission)

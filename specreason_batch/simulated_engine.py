@@ -29,6 +29,7 @@ class CostProfile:
     prefill_token_seconds: float = 0.0
     attention_seconds: float = 0.0  # for each prefilled token and each token of context before it
     request_seconds: float = 0.0  # of the caller's time, for each request
+    latency_seconds: float = 0.0  # from the end of a request's last pass until the caller can have it
     max_batched_tokens: int = 8192  # a pass
     max_sequences: int = 1024  # running at a time
     kv_capacity_tokens: int = 1 << 30
@@ -48,9 +49,13 @@ class CostProfile:
 
 
 class VirtualClock:
-    """Virtual seconds. Waiting, and the caller's own work, let the engines' passes go on; nothing else takes time."""
+    """Virtual seconds. Waiting, and the caller's own work, let the engines' passes go on; nothing else takes time.
 
-    def __init__(self) -> None:
+    `cores`: on which engines and caller compute, where that is what they compete for; None: nobody lacks one.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores
         self._now = 0.0
         self._rung = False
         self._engines: list[SimulatedEngine] = []
@@ -64,29 +69,42 @@ class VirtualClock:
     def wait(self, timeout: float) -> None:
         end = self._now + timeout
         while not self._rung and self._now < end:
-            self._step(end)
+            self._go_on(end, self._begin_passes())
         self._rung = False
 
     def spend(self, seconds: float) -> None:
-        """The caller works for so long."""
-        end = self._now + seconds
-        while self._now < end:
-            self._step(end)
+        """The caller works for so long; longer where it has to share a core."""
+        while seconds > 0:
+            share = self._begin_passes(callers=1)
+            began, end = self._now, self._now + seconds / share
+            self._go_on(end, share)
+            seconds = 0.0 if self._now == end else seconds - (self._now - began) * share
 
     def add(self, engine: "SimulatedEngine") -> None:
         self._engines.append(engine)
 
-    def _step(self, end: float) -> None:
-        """Go on to the next event, or to `end`."""
+    def _begin_passes(self, callers: int = 0) -> float:
+        """Every engine that can work does; how much of a core each has."""
         for engine in self._engines:
             engine.begin_pass()
+        wanted = callers + sum(engine.work is not None for engine in self._engines)
+        return 1.0 if self._cores is None else min(1.0, self._cores / max(1, wanted))
+
+    def _go_on(self, end: float, share: float) -> None:
+        """To the next event, `end` at the latest; `share` of a core for everybody."""
         working = [engine for engine in self._engines if engine.work is not None]
-        speeds = {id(engine): self._speed(engine) for engine in working}
-        seconds = min((engine.work.next_event / speeds[id(engine)] for engine in working if engine.work), default=end)
-        seconds = max(0.0, min(seconds, end - self._now))
-        self._now = end if seconds >= end - self._now else self._now + seconds
-        for engine in working:
-            engine.go_on(seconds * speeds[id(engine)])
+        speeds = [share * self._speed(engine) for engine in working]
+        events = [engine.work.next_event / speed for engine, speed in zip(working, speeds, strict=True) if engine.work]
+        events += [engine.next_delivery - self._now for engine in self._engines if engine.next_delivery is not None]
+        seconds = max(0.0, min(events, default=end - self._now))
+        if seconds >= end - self._now:
+            seconds, self._now = end - self._now, end
+        else:
+            self._now += seconds
+        for engine, speed in zip(working, speeds, strict=True):
+            engine.go_on(seconds * speed)
+        for engine in self._engines:
+            engine.deliver()
 
     def _speed(self, engine: "SimulatedEngine") -> float:
         """Those that compute on one device share its time; host time is everybody's own."""
@@ -111,9 +129,17 @@ class SequenceState:
     num_generated: int = 0
 
     @property
+    def generated(self) -> tuple[int, ...]:
+        return self.answer.token_ids[: self.num_generated]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.request.num_prompt_tokens + self.num_generated
+
+    @property
     def num_to_prefill(self) -> int:
         """Its prompt, and after a preemption what it had generated."""
-        return self.request.num_prompt_tokens + self.num_generated - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def decodes(self) -> bool:
@@ -154,12 +180,12 @@ class Prefix:
     tail: tuple[int, ...]  # computed after it: a suffix, a generated step
     length: int  # tokens held, whole blocks, from the start
 
-    def common(self, request: Request) -> int:
-        """Tokens held that are this request's as well."""
+    def common(self, request: Request, generated: Sequence[int]) -> int:
+        """Tokens held that are this request's as well, or those that it has generated."""
         if self.length <= self.num_chain:
             return self.length
         held = self.tail[: self.length - self.num_chain]
-        wanted = (*request.prompt_token_ids[self.num_chain : self.length], *request.suffix_token_ids)
+        wanted = (*request.prompt_token_ids[self.num_chain : self.length], *request.suffix_token_ids, *generated)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(held, wanted, strict=False))
         return self.num_chain + len(list(same))
 
@@ -172,18 +198,19 @@ class PrefixCache:
     num_tokens: int = 0
     _prefixes: OrderedDict[int, Prefix] = field(default_factory=OrderedDict)
 
-    def look(self, request: Request) -> int:
-        """Tokens of its prompt that need not be computed."""
+    def look(self, sequence: SequenceState) -> int:
+        """Tokens of it that need not be computed."""
+        request = sequence.request
         prefix = self._prefixes.get(id(request.prompt_token_ids))
         if prefix is None:
             return 0
-        usable = min(prefix.common(request), request.num_prompt_tokens - 1)
+        usable = min(prefix.common(request, sequence.generated), sequence.num_tokens - 1)
         return usable // self.block_size * self.block_size
 
-    def take(self, request: Request) -> int:
-        """The same; they are the request's from here on."""
-        num_tokens = self.look(request)
-        self._drop(id(request.prompt_token_ids))
+    def take(self, sequence: SequenceState) -> int:
+        """The same; they are the sequence's from here on."""
+        num_tokens = self.look(sequence)
+        self._drop(id(sequence.request.prompt_token_ids))
         return num_tokens
 
     def put(self, request: Request, generated: Sequence[int], num_computed: int) -> None:
@@ -234,12 +261,13 @@ class SimulatedEngine:
         self._cache = PrefixCache(profile.block_size)
         self._waiting: deque[SequenceState] = deque()
         self._running: list[SequenceState] = []
+        self._on_their_way: deque[tuple[float, Completion]] = deque()  # with the moment of their arrival
         self._ready: list[Completion] = []
         clock.add(self)
 
     @property
     def num_outstanding(self) -> int:
-        return len(self._waiting) + len(self._running) + len(self._ready)
+        return len(self._waiting) + len(self._running) + len(self._on_their_way) + len(self._ready)
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -261,10 +289,11 @@ class SimulatedEngine:
         gone = set(request_ids)
         self._waiting = deque(sequence for sequence in self._waiting if sequence.request.request_id not in gone)
         self._running = [sequence for sequence in self._running if sequence.request.request_id not in gone]
+        self._on_their_way = deque(item for item in self._on_their_way if item[1].request_id not in gone)
         self._ready = [completion for completion in self._ready if completion.request_id not in gone]
 
     def close(self) -> None:
-        self._waiting, self._running, self._ready = deque(), [], []
+        self._waiting, self._running, self._on_their_way, self._ready = deque(), [], deque(), []
 
     # --- passes ---
 
@@ -312,10 +341,10 @@ class SimulatedEngine:
             need = self._blocks(sequence)
             if used + need > profile.kv_capacity_tokens and self._running:
                 return
-            uncached = sequence.request.num_prompt_tokens - self._cache.look(sequence.request)
+            uncached = sequence.num_tokens - self._cache.look(sequence)
             if uncached > budget and self._running and not profile.chunked_prefill:
                 return
-            sequence.start(self._cache.take(sequence.request))
+            sequence.start(self._cache.take(sequence))
             used += need
             self._cache.shrink(profile.kv_capacity_tokens - used)
             self._running.append(self._waiting.popleft())
@@ -330,7 +359,7 @@ class SimulatedEngine:
             + profile.sequence_seconds * (len(prefilled) + len(decoding))
             + profile.kv_token_seconds * sum(sequence.num_computed for sequence in decoding)
             + profile.prefill_token_seconds * sum(tokens for _, tokens in prefilled)
-            + profile.attention_seconds * sum(tokens * sequence.num_computed for sequence, tokens in prefilled)
+            + profile.attention_seconds * sum(_pairs(sequence.num_computed, tokens) for sequence, tokens in prefilled)
         )
 
     def _end_pass(self, work: Work) -> None:
@@ -366,9 +395,27 @@ class SimulatedEngine:
         self._cache.shrink(self.profile.kv_capacity_tokens - used)
         return used
 
+    # --- completions ---
+
+    @property
+    def next_delivery(self) -> float | None:
+        """When the next completion arrives at the caller."""
+        return self._on_their_way[0][0] if self._on_their_way else None
+
+    def deliver(self) -> None:
+        """Hand out what has arrived by now."""
+        while self._on_their_way and self._on_their_way[0][0] <= self.clock.now():
+            self._ready.append(self._on_their_way.popleft()[1])
+            self.clock.ring()
+
     def _hand_out(self, completion: Completion) -> None:
-        self._ready.append(completion)
-        self.clock.ring()
+        self._on_their_way.append((self.clock.now() + self.profile.latency_seconds, completion))
+        self.deliver()
+
+
+def _pairs(num_before: int, num_tokens: int) -> int:
+    """How often a prefilled token looks at a token before it, in the cache or in its own chunk."""
+    return num_before * num_tokens + num_tokens * (num_tokens - 1) // 2
 
 
 def _with_cached(completion: Completion, num_cached: int) -> Completion:

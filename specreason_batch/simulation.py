@@ -119,11 +119,15 @@ def repeat_token(request: Request) -> Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Two engines' costs, and whether they share a device."""
+    """Two engines' costs, and what they share."""
 
     draft: CostProfile
     base: CostProfile
     shared: bool = True  # one device; False: each has its own
+    cores: int | None = None  # that engines and caller compute on, of CPUs; None: nobody lacks one
+
+    def clock(self) -> VirtualClock:
+        return VirtualClock(self.cores)
 
     def engines(self, clock: VirtualClock) -> dict[Role, SimulatedEngine]:
         """Both, idle, on this clock."""
@@ -161,7 +165,7 @@ def simulate(
     bounded: bool = True,
 ) -> Simulated:
     """Virtual `seconds` of an endless run, after a tenth of them to warm up. `bounded`: by KV memory too."""
-    clock = VirtualClock()
+    clock = hardware.clock()
     engines = hardware.engines(clock)
     started: list[Chain] = []
     capacities = {role: Capacity.of(engine.info) for role, engine in engines.items()}

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "simulated_engine": {"types", "engine"},
     "simulation": {"types", "chain", "rounds", "seeds", "policies", "schedules", "simulated_engine"},
     "profiles": {"simulated_engine", "simulation"},
-    "replay": {"types", "chain", "rounds", "schedules", "simulated_engine", "simulation"},
+    "replay": {"types", "chain", "rounds", "schedules", "simulation"},
     "vllm_engine": {"types", "engine", "clock", "config"},
     "store": {"__init__", "types", "chain", "rounds", "config", "translator", "store"},
     "plan": {"types", "chain", "chat", "judge", "config", "policies", "translator", "store"},

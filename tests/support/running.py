@@ -151,7 +151,8 @@ def run_workload(
     """So many chains of a workload to their ends, in virtual time."""
     clock = VirtualClock()
     profiles = {Role.draft: hardware.draft, Role.base: hardware.base}
-    engines = {role: SimulatedEngine(repeat_token, profiles[role], clock) for role in POLICIES[policy].roles}
+    roles = [role for role in Role if role in POLICIES[policy].roles]
+    engines = {role: SimulatedEngine(repeat_token, profiles[role], clock) for role in roles}
     capacities = {role: Capacity.of(engine.info) for role, engine in engines.items()}
     admission = Admission(islice(workload.chains(), num_chains), active_size, capacities, bounded)
     rules = Rules(accept_rate=workload.accept_rate, threshold=5.0)
