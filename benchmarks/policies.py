@@ -33,10 +33,12 @@ CONF = Path(__file__).parent.parent / "conf"
 RUNS = {
     "base_only": ["policy=base_only"],
     "draft_only": ["policy=draft_only"],
-    "specreason, lockstep": ["policy=specreason"],
+    "specreason, lockstep": ["policy=specreason", "schedule=lockstep"],
+    "specreason, overlapped": ["policy=specreason", "schedule=overlapped"],
     "specreason, continuous": ["policy=specreason", "schedule=continuous"],
-    "random 0.8, lockstep": ["policy=random", "policy.accept_rate=0.8"],
-    "random 0.8, continuous": ["policy=random", "policy.accept_rate=0.8", "schedule=continuous"],
+    "specreason, waves": ["policy=specreason", "schedule=waves"],
+    "random 0.8, lockstep": ["policy=random", "policy.accept_rate=0.8", "schedule=lockstep"],
+    "random 0.8, waves": ["policy=random", "policy.accept_rate=0.8", "schedule=waves"],
 }
 ONE_GENERATION = "base in one generation"
 

@@ -3,7 +3,8 @@
     python -m benchmarks.schedules [--repeats 3] [--active 1 8 64 256] [--rates 0.5 0.7 0.9 1.0] [--save FILE]
 
 Acceptance is forced by the `random` policy. Engines start once, every run is done once before it counts, repeats go
-round robin, so that drift of the machine hits all alike. The same process then fits both engines' cost profiles
+round robin, so that drift of the machine hits all alike. base_only has the base's core only; beside it, from before
+the pair is started, stands the base alone on all cores. The same process then fits both engines' cost profiles
 (`benchmarks.profile`) and replays each run's own recorded chains in virtual time: the last columns are that prediction
 and its ratio to what was measured. Prints medians, and one JSON line.
 """
@@ -34,6 +35,7 @@ from specreason_batch.simulation import Hardware
 from specreason_batch.store.reading import scan
 from specreason_batch.types import Role
 
+ALL_CORES = "base_only, the base alone on all cores"
 SCHEDULES_SHOWN = ("lockstep", "overlapped", "continuous", "waves")
 NUM_PROMPTS = {1: 16, 8: 64, 64: 256, 256: 500}  # by active size; others: four times the size
 
@@ -90,6 +92,17 @@ def run_cell(cell: Cell, engines: Mapping[Role, Engine]) -> tuple[float, float]:
     return seconds, idle / total
 
 
+def run_all(shown: Sequence[Cell], engines: Mapping[Role, Engine], repeats: int) -> None:
+    """Round robin; the first time does not count."""
+    for repeat in range(repeats + 1):
+        for cell in shown:
+            seconds, idle = run_cell(cell, engines)
+            if repeat:
+                cell.seconds.append(seconds)
+                cell.idle_shares.append(idle)
+        print(f"repeat {repeat} of {repeats} done", flush=True)
+
+
 def record(output_dir: Path, plan: Plan) -> Recording:
     """The run's chains, in tokens."""
     chains, steps = scan(output_dir, "chains"), scan(output_dir, "steps")
@@ -137,7 +150,7 @@ def table(shown: Sequence[Cell]) -> Table:
             f"{cell.num_prompts / cell.median:.1f}",
             f"{base.median / cell.median:.2f}x",
             f"{statistics.median(cell.idle_shares):.1%}",
-            f"{cell.predicted / cell.median:.2f}",
+            f"{cell.predicted / cell.median:.2f}" if cell.predicted else "",
         )
     return found
 
@@ -166,21 +179,19 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=120)
     shown = cells(arguments.rates, arguments.active)
+    alone = [Cell(ALL_CORES, None, active, ["policy=base_only"]) for active in arguments.active]
+    with started_engines(toy_config(), frozenset({Role.base}), Progress(console, 1e9)) as engines:
+        run_all(alone, engines, arguments.repeats)
     with started_engines(toy_config(), frozenset(Role), Progress(console, 1e9)) as engines:
         measured = {role: measure(engine) for role, engine in engines.items()}
         profiles = {role: fit(measured[role], start_profile(engine)) for role, engine in engines.items()}
         for role in engines:
             show(console, role, measured[role], profiles[role])
-        for repeat in range(arguments.repeats + 1):
-            for cell in shown:
-                seconds, idle = run_cell(cell, engines)
-                if repeat:
-                    cell.seconds.append(seconds)
-                    cell.idle_shares.append(idle)
-            print(f"repeat {repeat} of {arguments.repeats} done", flush=True)
+        run_all(shown, engines, arguments.repeats)
     hardware = Hardware(draft=profiles[Role.draft], base=profiles[Role.base], shared=False, cores=os.cpu_count())
     for cell in shown:
         cell.predicted = predict(cell, hardware)
+    shown = sorted([*alone, *shown], key=lambda cell: cell.active)
     console.print(table(shown))
     line = json.dumps({"cells": figures(shown), "python": platform.python_version(), "machine": platform.machine()})
     print(line)
