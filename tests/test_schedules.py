@@ -173,6 +173,20 @@ def test_chains_are_opened_only_when_a_slot_is_free(schedule: str) -> None:
         assert len(run.chains) <= len(run.finished) + 2
 
 
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("active_size", [1, 5, 64])
+def test_a_walk_that_rests_is_offered_once(schedule: str, active_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it waited at a gate or has just moved on; a gate that counts it twice opens early."""
+    refill = Driver.refill
+
+    def watched(driver: Driver, at_rest: list[Any]) -> list[Any]:
+        assert len(set(map(id, at_rest))) == len(at_rest)
+        return refill(driver, at_rest)
+
+    monkeypatch.setattr(Driver, "refill", watched)
+    run_world(BUSY, schedule=schedule, active_size=active_size)
+
+
 # --- policies that ask for several things at once ---
 
 

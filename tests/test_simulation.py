@@ -227,10 +227,10 @@ def test_a_prompt_is_cut_at_the_passes_token_limit_and_attention_costs_the_same(
 
 
 def test_decoding_sequences_come_before_prompts_in_the_token_limit() -> None:
-    """a decodes from the second pass on: b's 20 tokens go in pieces of 7, 7 and 6 beside it."""
+    """a decodes from the second pass on: b's 22 tokens go in pieces of 7, 7, 7 and 1 beside it."""
     engine = make_engine(replace(SECOND, max_batched_tokens=8))
-    engine.submit([ask(8, 10, "a"), ask(20, 1, "b")])
-    assert ends(engine) == {"b": 4.0, "a": 10.0}
+    engine.submit([ask(8, 10, "a"), ask(22, 1, "b")])
+    assert ends(engine) == {"b": 5.0, "a": 10.0}
 
 
 def test_the_rest_of_a_pass_goes_to_the_next_prompt_only_with_chunked_prefill() -> None:
@@ -371,20 +371,34 @@ def test_a_prefix_that_is_used_again_is_not_the_next_to_go() -> None:
     assert cached(engine, ask(a), ask(b)) == [48, 16]
 
 
+def test_two_requests_of_one_chain_at_a_time_leave_one_prefix() -> None:
+    """c needs 64 of 128 tokens, which leaves room for the prefix of 48."""
+    engine, chain = make_engine(replace(SECOND, kv_capacity_tokens=128)), [0] * 48
+    engine.submit([ask(chain, request_id="a"), ask(chain, request_id="b")])
+    run_out(engine)
+    cached(engine, ask(63, request_id="c"))
+    chain += [7]
+    assert cached(engine, ask(chain)) == [48]
+
+
 # --- memory ---
 
 
-def test_the_youngest_is_preempted_when_the_running_sequences_outgrow_the_cache() -> None:
-    """Both want 16 + 32 tokens of 64. At 32 computed each begins its third block: b, with 17 generated, makes room for
-    a, which ends after 32 passes. Then b computes prompt and generated tokens again, all but the 16 that were left of
-    it, in one pass that brings the 18th.
+@pytest.mark.parametrize(("kv_capacity", "num_left"), [(64, 16), (80, 32)])
+def test_the_youngest_is_preempted_when_the_running_sequences_outgrow_the_cache(
+    kv_capacity: int, num_left: int
+) -> None:
+    """Both want 16 + 32 tokens. At 32 computed each begins its third block: b, with 17 generated, makes room for a,
+    which ends after 32 passes. Then b computes prompt and generated tokens again, all but what was left of them beside
+    a's 48, in one pass that brings the 18th.
     """
-    engine = make_engine(replace(SECOND, prefill_token_seconds=2.0**-6, kv_capacity_tokens=64))
+    second = 2.0**-6
+    engine = make_engine(replace(SECOND, prefill_token_seconds=second, kv_capacity_tokens=kv_capacity))
     engine.submit([ask(16, 32, "a"), ask(16, 32, "b")])
     came = run_out(engine)
-    prefill = 2.0**-6
-    a = 32 + 32 * prefill
-    assert {request_id: seconds for request_id, (seconds, _) in came.items()} == {"a": a, "b": a + 15 + 17 * prefill}
+    a = 32 + (16 + 16) * second
+    b = a + 15 + (33 - num_left) * second
+    assert {request_id: seconds for request_id, (seconds, _) in came.items()} == {"a": a, "b": b}
     assert engine.num_preempted == 1
     assert [len(item.token_ids) for _, item in came.values()] == [32, 32]
     assert [item.num_cached_tokens for _, item in came.values()] == [0, 0]
@@ -640,8 +654,11 @@ EVERY_CASE = pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name
 
 
 @cache
-def over_base_only(number: int, schedule: str, rate: float, shared: bool = True) -> float:
-    run = simulate_case(CASES[number], SCHEDULES[schedule], "specreason", rate, shared)
+def over_base_only(number: int, schedule: str, rate: float, shared: bool = True, times: int = 1) -> float:
+    """`times`: as long as the benchmark's."""
+    case = CASES[number]
+    workload, hardware = case.workload(rate), case.hardware_here(shared)
+    run = simulate(SCHEDULES[schedule], "specreason", workload, hardware, case.active_size, times * case.seconds)
     return run.tokens_per_second / base_only(number)
 
 
@@ -659,6 +676,7 @@ def test_lockstep_and_continuous_come_to_what_another_simulation_said(number: in
         assert ours == pytest.approx(published, rel=0.12), column
 
 
+@cache
 def one_stream(schedule: str, policy: str, rate: float) -> Simulated:
     """Thirty times as long as the benchmark's: of one chain's 40 steps too few are rejected."""
     hardware = ONE_STREAM.hardware_here(shared=True)
@@ -685,5 +703,8 @@ def test_waves_beat_the_first_continuous_figures_on_a_shared_gpu(name: str, firs
 
 @EVERY_CASE
 def test_waves_never_lose_to_continuous_on_a_shared_gpu(number: int) -> None:
+    """Eight chains are looked at for longer: with 40 steps each, chance is worth more than the 2 % allowed here."""
+    times = 4 if CASES[number].active_size == 8 else 1
     for rate in ACCEPT_RATES:
-        assert over_base_only(number, "waves", rate) >= 0.98 * over_base_only(number, "continuous", rate)
+        waves, continuous = (over_base_only(number, name, rate, times=times) for name in ("waves", "continuous"))
+        assert waves >= 0.98 * continuous

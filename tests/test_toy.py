@@ -26,10 +26,10 @@ from specreason_batch.config import ChatConfig
 from specreason_batch.engine import Engine
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, run_plan
+from specreason_batch.run import StopSignal, run_plan, started_engines
 from specreason_batch.store.reading import scan
 from specreason_batch.summary import summarise
-from specreason_batch.types import Completion, Request, Role
+from specreason_batch.types import Completion, Phase, Request, Role
 from tests.conftest import ROOT, TOY
 
 pytestmark = pytest.mark.vllm
@@ -78,14 +78,57 @@ def test_active_size_and_schedule_do_not_change_rows(
 ) -> None:
     common = ["limit=12", f"policy={policy}", f"sampling={sampling}"]
     common += ["policy.accept_rate=0.7"] if policy == "random" else []
-    alone = run(toy_engines, tmp_path / "alone", "schedule.active_size=1", *common)
-    batch = run(toy_engines, tmp_path / "batch", "schedule.active_size=64", *common)
-    free = run(toy_engines, tmp_path / "free", "schedule=continuous", "schedule.active_size=5", *common)
+    settings = [("lockstep", 1), ("lockstep", 64), ("overlapped", 12), ("continuous", 5), ("waves", 12)]
+    outputs = [
+        run(
+            toy_engines, tmp_path / f"{schedule}{size}", f"schedule={schedule}", f"schedule.active_size={size}", *common
+        )
+        for schedule, size in settings
+    ]
     for kind in ("chains", "steps"):
-        rows = read(alone, kind)
+        rows = read(outputs[0], kind)
         assert rows.height >= 12
-        assert _same(rows, read(batch, kind))
-        assert _same(rows, read(free, kind))
+        assert all(_same(rows, read(output, kind)) for output in outputs[1:])
+
+
+@pytest.mark.slow
+def test_engines_apart_work_at_once_and_give_the_same_rows(toy_engines: dict[Role, Engine], tmp_path: Path) -> None:
+    """Continuous: neither engine ever waits for the other, and hardly a moment passes with nothing outstanding."""
+    together = run(toy_engines, tmp_path / "together", "schedule=lockstep", "limit=64")
+    apart = ["draft.in_process=false", "base.in_process=false", "schedule=continuous"]
+    config = plan_for(tmp_path / "none", *apart).config
+    with started_engines(config, frozenset(Role), Progress(Console(quiet=True), 60)) as engines:
+        run(engines, tmp_path / "warm", *apart, "limit=64")
+        output = run(engines, tmp_path / "apart", *apart, "limit=64")
+    for kind in ("chains", "steps"):
+        assert _same(read(together, kind), read(output, kind))
+    rounds = scan(output, "rounds")
+    assert rounds is not None
+    total = rounds.select(pl.all().exclude("round", "started_at").sum()).collect().row(0, named=True)
+    assert total["idle_seconds"] <= 0.03 * total["seconds"]
+    assert total["draft_busy_seconds"] + total["base_busy_seconds"] > 1.3 * total["seconds"]
+
+
+@pytest.mark.slow
+def test_a_small_kv_cache_parks_chains_and_changes_no_row(tmp_path: Path) -> None:
+    """More chains than the engines' memory holds: some wait, all come out the same."""
+    small = [f"+{role}.vllm_args.num_gpu_blocks_override=41" for role in Role]
+    small += [f"{role}.in_process=false" for role in Role]
+    common = ["limit=40", "schedule=waves", "schedule.active_size=40"]
+    config = plan_for(tmp_path / "none", *small, *common).config
+    with started_engines(config, frozenset(Role), Progress(Console(quiet=True), 60)) as engines:
+        assert {engine.info.kv_capacity_tokens for engine in engines.values()} == {40 * 32}
+        parked = run(engines, tmp_path / "parked", *small, *common)
+        crowded = run(engines, tmp_path / "crowded", *small, *common, "schedule.fit_memory=false")
+    figures = {}
+    for output in (parked, crowded):
+        assert _same(read(parked, "steps"), read(output, "steps"))
+        rounds = scan(output, "rounds")
+        assert rounds is not None
+        recomputed = pl.sum_horizontal(pl.col([f"{phase}_num_recomputed_tokens" for phase in Phase]).sum())
+        figures[output] = rounds.select(recomputed, pl.col("num_parked").sum()).collect().row(0)
+    assert figures[parked][1] > 0 and figures[crowded][1] == 0
+    assert figures[parked][0] < 0.5 * figures[crowded][0]
 
 
 def _same(one: pl.DataFrame, other: pl.DataFrame) -> bool:

@@ -97,7 +97,7 @@ class Admission:
 
     def unpark(self) -> Walk | None:
         """The oldest parked walk, if there is room for it."""
-        if not self.parked or not self._has_room(self.parked[0].chain):
+        if not self.parked or not self._fits(self.parked[0].chain):
             return None
         return self.parked.pop(0)
 
@@ -107,7 +107,7 @@ class Admission:
             return None
         if self._next is None:
             self._next = next(self.chains, None)
-        if self._next is None or not self._has_room(self._next):
+        if self._next is None or not self._fits(self._next):
             return None
         chain, self._next = self._next, None
         return chain
@@ -117,9 +117,7 @@ class Admission:
         insort(self.parked, walk, key=lambda other: other.number)
         self.num_parked += 1
 
-    def _has_room(self, chain: Chain) -> bool:
-        if len(self.active) >= self.active_size:
-            return False
+    def _fits(self, chain: Chain) -> bool:
         return not (self.bounded and self.active) or all(
             self.load[role] + need <= ADMIT_SHARE * self.capacities[role].tokens
             for role, need in self._needs(chain).items()

@@ -37,8 +37,9 @@ def run_gated(driver: Driver, gate: Gate) -> Iterator[RoundReport]:
         slice_end = driver.clock.now() + SLICE_SECONDS
         while (held or driver.has_outstanding) and driver.clock.now() < slice_end:
             driver.submit(held, gate(_traffic(driver, held)) if driver.has_outstanding else EVERY_PHASE)
+            left = [walk for walk in held if walk.unsent(EVERY_PHASE)]
             moved = driver.take()
-            held = driver.refill([walk for walk in held if walk.unsent(EVERY_PHASE)] + moved)
+            held = driver.refill([walk for walk in left if not walk.is_over] + moved)
         yield driver.end_round()
 
 
