@@ -2,15 +2,16 @@
 
     python -m benchmarks.profile
 
-Experiments are batches of requests: so many sequences, so long a prompt, so many tokens generated, with and without a
-cached prefix. The forward model is the simulator itself, so that what it predicts elsewhere is what it was fitted by.
-Prints each experiment measured and simulated, and both profiles.
+Experiments are batches of requests (so many sequences, so long a prompt, so many tokens generated, with and without a
+cached prefix) and streams, where each ended request is followed by the next of its chain, as in a run. The forward
+model is the simulator itself, so that what it predicts elsewhere is what it was fitted by. Prints each experiment
+measured and simulated, and both profiles.
 """
 
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +31,12 @@ from specreason_batch.types import Request, Role, Sampling
 
 CONF = Path(__file__).parent.parent / "conf"
 REPEATS = 3
+SAMPLING = Sampling(temperature=0.6, top_p=0.95)  # as runs do: on a CPU, top_p costs a sort of every row of logits
 # What is fitted, with a first guess in seconds.
 GUESS = {
     "pass_seconds": 1e-3,
     "sequence_seconds": 2e-5,
+    "start_seconds": 1e-4,
     "prefill_token_seconds": 1e-5,
     "kv_token_seconds": 3e-7,
     "attention_seconds": 2e-8,
@@ -43,7 +46,7 @@ GUESS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Experiment:
+class Batch:
     """A batch of equal requests, submitted together and drained."""
 
     num_sequences: int
@@ -54,14 +57,13 @@ class Experiment:
     def requests(self, seed: int) -> list[Request]:
         """Prompts of random tokens; what is to be cached is the lent list, as a chain is, the rest the suffix."""
         chosen = random.Random(seed)
-        sampling = Sampling(temperature=1.0)
         return [
             Request(
                 request_id=f"{seed}-{number}",
                 prompt_token_ids=[chosen.randrange(100, 200) for _ in range(self.num_cached_tokens)],
                 suffix_token_ids=tuple(chosen.randrange(100, 200) for _ in range(self.num_prompt_tokens)),
                 max_tokens=self.num_generated_tokens,
-                sampling=sampling,
+                sampling=SAMPLING,
                 seed=number,
             )
             for number in range(self.num_sequences)
@@ -80,13 +82,104 @@ class Experiment:
         return self.seconds(SimulatedEngine(repeat_token, profile, VirtualClock()), 0)
 
 
-EXPERIMENTS = (
-    *(Experiment(sequences, 40, 24) for sequences in (1, 4, 16, 64, 256)),
-    *(Experiment(sequences, 400, 24) for sequences in (1, 16, 64)),
-    *(Experiment(sequences, tokens, 1) for sequences in (1, 8, 64) for tokens in (30, 100, 300)),
-    *(Experiment(sequences, 40, 1, 320) for sequences in (1, 8, 64)),
-    *(Experiment(sequences, 40, 10, 160) for sequences in (1, 8, 32, 128)),
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Chains that go on step by step, each as soon as its last step has ended: passes both decode and prefill."""
+
+    num_sequences: int
+    num_prompt_tokens: int
+    num_generated_tokens: int  # mean; from half to one and a half
+    num_steps: int = 6
+    num_cached_tokens: int = 0
+
+    def seconds(self, engine: Engine, seed: int) -> float:
+        """On this engine's clock."""
+        chosen = random.Random(seed)
+        chains = [
+            [chosen.randrange(100, 200) for _ in range(self.num_prompt_tokens)] for _ in range(self.num_sequences)
+        ]
+        steps_left = [self.num_steps] * self.num_sequences
+        began = engine.clock.now()
+        engine.submit([self.step(ids, f"{seed}-{chain}-0", chosen) for chain, ids in enumerate(chains)])
+        while engine.num_outstanding:
+            engine.clock.wait(1.0)
+            for completion in engine.poll(0.0):
+                chain = int(completion.request_id.split("-")[1])
+                chains[chain] += completion.token_ids
+                steps_left[chain] -= 1
+                if steps_left[chain]:
+                    engine.submit([self.step(chains[chain], f"{seed}-{chain}-{steps_left[chain]}", chosen)])
+        return engine.clock.now() - began
+
+    def step(self, chain: list[int], request_id: str, chosen: random.Random) -> Request:
+        """A request for the chain's next step."""
+        mean = self.num_generated_tokens
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=chain,
+            max_tokens=chosen.randint(mean // 2, mean + mean // 2),
+            sampling=SAMPLING,
+            seed=100 + chosen.randrange(100),
+        )
+
+    def simulated_seconds(self, profile: CostProfile) -> float:
+        return self.seconds(SimulatedEngine(repeat_token, profile, VirtualClock()), 0)
+
+
+EXPERIMENTS: tuple[Batch | Stream, ...] = (
+    *(Batch(sequences, 40, 24) for sequences in (1, 4, 16, 64, 256)),
+    *(Batch(sequences, 400, 24) for sequences in (1, 16, 64)),
+    *(Batch(sequences, tokens, 1) for sequences in (1, 8, 64) for tokens in (30, 100, 300)),
+    *(Batch(sequences, 40, 1, 320) for sequences in (1, 8, 64)),
+    *(Batch(sequences, 40, 10, 160) for sequences in (1, 8, 32, 128)),
+    *(Stream(sequences, 60, 10) for sequences in (1, 8, 64, 256)),
+    *(Stream(sequences, 60, 20) for sequences in (8, 64)),
 )
+
+
+TOGETHER = Stream(64, 60, 10)
+TOGETHER_SECONDS = 4.0
+MAX_CHAIN_TOKENS = 300
+STREAM_WEIGHT = 3.0  # of a stream's error: runs are streams
+
+
+def measure_cores(engines: Mapping[Role, Engine]) -> float:
+    """How many cores two engines have that work at once: the sum of what each keeps of its speed alone.
+
+    Cores share caches, memory and often a physical core, so two of them are seldom two.
+    """
+    alone = {role: _requests_per_second({role: engine})[role] for role, engine in engines.items()}
+    beside = _requests_per_second(engines)
+    return sum(beside[role] / alone[role] for role in engines)
+
+
+def _requests_per_second(engines: Mapping[Role, Engine]) -> dict[Role, float]:
+    """Of endless streams at these engines at once, after a second to warm up."""
+    chosen = random.Random(0)
+    count = dict.fromkeys(engines, 0)
+    chains: dict[str, list[int]] = {}
+
+    def step(role: Role, chain: list[int]) -> None:
+        if len(chain) > MAX_CHAIN_TOKENS:
+            chain = [chosen.randrange(100, 200) for _ in range(TOGETHER.num_prompt_tokens)]
+        request_id = f"{role}-{count[role]}-{len(chains)}"
+        chains[request_id] = chain
+        engines[role].submit([TOGETHER.step(chain, request_id, chosen)])
+
+    clock = next(iter(engines.values())).clock
+    for role in engines:
+        for _ in range(TOGETHER.num_sequences):
+            step(role, [0] * (MAX_CHAIN_TOKENS + 1))
+    warm, end = clock.now() + 1.0, clock.now() + 1.0 + TOGETHER_SECONDS
+    while clock.now() < end:
+        clock.wait(1.0)
+        for role, engine in engines.items():
+            for completion in engine.poll(0.0):
+                count[role] += clock.now() >= warm
+                step(role, chains[completion.request_id] + list(completion.token_ids))
+    for engine in engines.values():
+        engine.abort(list(chains))
+    return {role: number / TOGETHER_SECONDS for role, number in count.items()}
 
 
 def _opening(request: Request) -> Request:
@@ -130,7 +223,9 @@ def fit(measured: Sequence[float], start: CostProfile) -> CostProfile:
 
 def _residuals(values: np.ndarray, measured: Sequence[float], start: CostProfile) -> np.ndarray:
     profile = _profile(values, start)
-    return np.log([experiment.simulated_seconds(profile) for experiment in EXPERIMENTS]) - np.log(measured)
+    weights = np.array([STREAM_WEIGHT if isinstance(experiment, Stream) else 1.0 for experiment in EXPERIMENTS])
+    simulated = [experiment.simulated_seconds(profile) for experiment in EXPERIMENTS]
+    return weights * (np.log(simulated) - np.log(measured))
 
 
 def _profile(values: np.ndarray, start: CostProfile) -> CostProfile:
@@ -151,10 +246,13 @@ def start_profile(engine: Engine) -> CostProfile:
 
 
 def show(console: Console, role: Role, measured: Sequence[float], profile: CostProfile) -> None:
-    table = Table("sequences", "cached", "prompt", "generated", "measured ms", "simulated ms", "ratio", title=role)
+    table = Table(
+        "experiment", "sequences", "cached", "prompt", "generated", "measured ms", "simulated ms", "ratio", title=role
+    )
     for experiment, seconds in zip(EXPERIMENTS, measured, strict=True):
         simulated = experiment.simulated_seconds(profile)
         table.add_row(
+            type(experiment).__name__.lower(),
             *map(
                 str,
                 (
@@ -188,6 +286,7 @@ def main() -> None:
             measured = measure(engine)
             console.print(f"{role}: measured in {time.monotonic() - began:.0f} s")
             show(console, role, measured, fit(measured, start_profile(engine)))
+        console.print(f"cores of the two at once: {measure_cores(engines):.2f}")
 
 
 if __name__ == "__main__":

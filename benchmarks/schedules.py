@@ -11,7 +11,6 @@ and its ratio to what was measured. Prints medians, and one JSON line.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.profile import fit, measure, show, start_profile, toy_config
+from benchmarks.profile import fit, measure, measure_cores, show, start_profile, toy_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
 from specreason_batch.plan import Plan, make_plan
@@ -32,8 +31,9 @@ from specreason_batch.progress import Progress
 from specreason_batch.replay import RecordedChain, RecordedStep, Recording, replay
 from specreason_batch.run import StopSignal, choose_schedule, run_plan, started_engines
 from specreason_batch.simulation import Hardware
+from specreason_batch.store.prompts import PromptShard
 from specreason_batch.store.reading import scan
-from specreason_batch.types import Role
+from specreason_batch.types import Prompt, Role
 
 ALL_CORES = "base_only, the base alone on all cores"
 SCHEDULES_SHOWN = ("lockstep", "overlapped", "continuous", "waves")
@@ -104,10 +104,12 @@ def run_all(shown: Sequence[Cell], engines: Mapping[Role, Engine], repeats: int)
 
 
 def record(output_dir: Path, plan: Plan) -> Recording:
-    """The run's chains, in tokens."""
+    """The run's chains in tokens, in the order of their prompts, as they were begun."""
     chains, steps = scan(output_dir, "chains"), scan(output_dir, "steps")
     assert chains is not None and steps is not None
     chat = plan.formats[Role.base]
+    items = PromptShard.open(Path(plan.config.input.path)).prompts(plan.config.limit)
+    order = {item.prompt_id: number for number, item in enumerate(items) if isinstance(item, Prompt)}
     by_chain: dict[str, list[RecordedStep]] = {}
     for row in steps.sort("prompt_id", "step_index").collect().iter_rows(named=True):
         by_chain.setdefault(row["prompt_id"], []).append(_recorded_step(row))
@@ -117,7 +119,7 @@ def record(output_dir: Path, plan: Plan) -> Recording:
             steps=by_chain[row["prompt_id"]],
             answer_tokens=row["num_answer_tokens"],
         )
-        for row in chains.collect().iter_rows(named=True)
+        for row in sorted(chains.collect().iter_rows(named=True), key=lambda row: order[row["prompt_id"]])
     ]
     return Recording(recorded, 0, tuple(plan.formats))
 
@@ -185,10 +187,12 @@ def main() -> None:
     with started_engines(toy_config(), frozenset(Role), Progress(console, 1e9)) as engines:
         measured = {role: measure(engine) for role, engine in engines.items()}
         profiles = {role: fit(measured[role], start_profile(engine)) for role, engine in engines.items()}
+        cores = measure_cores(engines)
         for role in engines:
             show(console, role, measured[role], profiles[role])
+        console.print(f"cores of the two at once: {cores:.2f}")
         run_all(shown, engines, arguments.repeats)
-    hardware = Hardware(draft=profiles[Role.draft], base=profiles[Role.base], shared=False, cores=os.cpu_count())
+    hardware = Hardware(draft=profiles[Role.draft], base=profiles[Role.base], shared=False, cores=cores)
     for cell in shown:
         cell.predicted = predict(cell, hardware)
     shown = sorted([*alone, *shown], key=lambda cell: cell.active)

@@ -25,6 +25,7 @@ class CostProfile:
     host_seconds: float  # of each pass, not on the device
     pass_seconds: float  # of each pass on the device: the weights read
     sequence_seconds: float = 0.0  # for each sequence in the pass
+    start_seconds: float = 0.0  # for each sequence that begins in the pass
     kv_token_seconds: float = 0.0  # for each token of context that a decoding sequence reads
     prefill_token_seconds: float = 0.0
     attention_seconds: float = 0.0  # for each prefilled token and each token of context before it
@@ -51,10 +52,11 @@ class CostProfile:
 class VirtualClock:
     """Virtual seconds. Waiting, and the caller's own work, let the engines' passes go on; nothing else takes time.
 
-    `cores`: on which engines and caller compute, where that is what they compete for; None: nobody lacks one.
+    `cores`: on which engines and caller compute, where that is what they compete for; None: nobody lacks one. A
+    fraction stands for cores that slow each other down.
     """
 
-    def __init__(self, cores: int | None = None) -> None:
+    def __init__(self, cores: float | None = None) -> None:
         self._cores = cores
         self._now = 0.0
         self._rung = False
@@ -304,8 +306,9 @@ class SimulatedEngine:
         used = self._make_room()
         decoding, prefilled = self._continued()
         budget = self.profile.max_batched_tokens - len(decoding) - sum(tokens for _, tokens in prefilled)
-        prefilled += self._admitted(budget, used)
-        device_seconds = self._device_seconds(prefilled, decoding)
+        admitted = list(self._admitted(budget, used))
+        prefilled += admitted
+        device_seconds = self._device_seconds(prefilled, decoding, len(admitted))
         self.work = Work(self.profile.host_seconds, device_seconds, prefilled, decoding)
         self.num_passes += 1
 
@@ -352,11 +355,14 @@ class SimulatedEngine:
             budget -= tokens
             yield sequence, tokens
 
-    def _device_seconds(self, prefilled: list[tuple[SequenceState, int]], decoding: list[SequenceState]) -> float:
+    def _device_seconds(
+        self, prefilled: list[tuple[SequenceState, int]], decoding: list[SequenceState], num_started: int
+    ) -> float:
         profile = self.profile
         return (
             profile.pass_seconds
             + profile.sequence_seconds * (len(prefilled) + len(decoding))
+            + profile.start_seconds * num_started
             + profile.kv_token_seconds * sum(sequence.num_computed for sequence in decoding)
             + profile.prefill_token_seconds * sum(tokens for _, tokens in prefilled)
             + profile.attention_seconds * sum(_pairs(sequence.num_computed, tokens) for sequence, tokens in prefilled)

@@ -124,7 +124,7 @@ class Hardware:
     draft: CostProfile
     base: CostProfile
     shared: bool = True  # one device; False: each has its own
-    cores: int | None = None  # that engines and caller compute on, of CPUs; None: nobody lacks one
+    cores: float | None = None  # that engines and caller compute on, of CPUs; None: nobody lacks one
 
     def clock(self) -> VirtualClock:
         return VirtualClock(self.cores)
