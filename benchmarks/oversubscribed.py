@@ -1,8 +1,9 @@
 """More chains than a small KV cache holds, with memory-aware admission and without, on the toy pair.
 
-    python -m benchmarks.oversubscribed [--tokens 4000] [--fitting 12] [--repeats 3]
+    python -m benchmarks.oversubscribed [--tokens 4000] [--fitting 24] [--repeats 3] [--times 1]
 
-Both engines get a KV cache of so many tokens. Runs of specreason: at the size that fits, at four times that size with
+Both engines get a KV cache of so many tokens. `--times 8` puts each question eight times into its prompt, so that a
+chain is long and costs much to compute again. Runs of specreason: at the size that fits, at four times that size with
 admission, and at four times that size without. Prints medians, seconds a chain over the fitting size's, and how many
 prompt tokens had to be computed again; one JSON line.
 """
@@ -29,6 +30,7 @@ from specreason_batch.run import StopSignal, run_plan, started_engines
 from specreason_batch.store.reading import scan
 from specreason_batch.types import Phase, Role
 
+HELD_OUT = Path(__file__).parent.parent / "examples" / "toy" / "prompts" / "heldout.parquet"
 BLOCK = 32
 SCHEDULES_SHOWN = ("lockstep", "overlapped", "continuous", "waves")
 
@@ -84,15 +86,24 @@ def measure(run: Run, engines: Mapping[Role, Engine], common: list[str]) -> floa
     return seconds
 
 
+def write_shard(path: Path, num_rows: int, times: int) -> None:
+    """The first held-out prompts, each question so many times over."""
+    prompts = pl.read_parquet(HELD_OUT).head(num_rows)
+    prompts.with_columns(pl.concat_str([pl.col("prompt")] * times, separator="\n")).write_parquet(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4_000)
-    parser.add_argument("--fitting", type=int, default=12)
+    parser.add_argument("--fitting", type=int, default=24)
+    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     blocks = arguments.tokens // BLOCK + 1  # vLLM keeps one to itself
-    common = [f"limit={arguments.prompts}"]
+    shard = Path(tempfile.mkdtemp()) / "prompts.parquet"
+    write_shard(shard, arguments.prompts, arguments.times)
+    common = [f"input.path={shard}", "budgets.thinking_tokens=128"]
     common += [f"+{role}.vllm_args.num_gpu_blocks_override={blocks}" for role in Role]
     console = Console(width=120)
     shown = runs(arguments.fitting)
