@@ -67,10 +67,10 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         started_engines(toy_config(*common), frozenset(Role), Progress(console, 1e9)) as engines,
     ):
-        for num_prompts in (100, *arguments.prompts):  # the first to warm up
+        for number, num_prompts in enumerate((100, *arguments.prompts)):  # the first to warm up
             shard = Path(folder) / f"{num_prompts}.parquet"
             write_shard(shard, num_prompts)
-            config = toy_config(*common, f"input.path={shard}", f"output_dir={folder}/out-{num_prompts}")
+            config = toy_config(*common, f"input.path={shard}", f"output_dir={folder}/out-{number}")
             watch = MemoryWatch()
             plan = make_plan(config)
             began = time.monotonic()
@@ -79,7 +79,7 @@ def main() -> None:
             tenth = next(memory for count, memory in watch.samples if count >= num_prompts / 10)
             row = {"prompts": num_prompts, "seconds": seconds, "tenth_mib": tenth, "end_mib": watch.samples[-1][1]}
             figures.append(row)
-            if num_prompts != 100:
+            if number:
                 table.add_row(
                     f"{num_prompts:,}",
                     f"{seconds:.1f}",
