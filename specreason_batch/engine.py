@@ -7,12 +7,14 @@ Engines that share a `clock.Clock` ring it whenever a `poll` may have something,
 at once: `clock.wait(timeout)`, then `poll(0)` on each.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from specreason_batch.clock import Clock
 from specreason_batch.types import Completion, Request
+
+Script = Callable[[Request], Completion]  # what answers in an engine without a model
 
 
 class EngineDead(Exception):

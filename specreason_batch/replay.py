@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from specreason_batch.chain import Chain, Context
 from specreason_batch.rounds import RoundStats
 from specreason_batch.schedules import Admission, Capacity, Driver, Schedule
-from specreason_batch.simulation import ACCEPTED, GREEDY, NO_LIMIT, UNLIMITED, Hardware, step_token
+from specreason_batch.simulation import (
+    NO_LIMIT,
+    UNLIMITED,
+    Hardware,
+    grade_request_of,
+    request_of,
+    result_of,
+    step_token,
+)
 from specreason_batch.types import (
-    AnswerEnd,
     Ask,
     Completion,
     Coroutine,
-    EndedBy,
     GradeOf,
     Prompt,
     Request,
@@ -22,8 +28,6 @@ from specreason_batch.types import (
     Role,
     Write,
     WriteAnswer,
-    WrittenAnswer,
-    WrittenStep,
 )
 
 
@@ -74,36 +78,20 @@ class Recording:
 
     def request(self, chain: Chain, ask: Ask, request_id: str) -> Request:
         recorded, index = self.recorded[chain.prompt.row], len(chain.steps)
-        suffix: tuple[int, ...] = ()
-        token = 0
         match ask:
             case Write(role=role):
                 step = recorded.steps[index]
                 num_tokens = step.draft_tokens if role is Role.draft else step.base_tokens
-                token = step_token(index, role)
+                assert num_tokens is not None
+                return request_of(chain, ask, request_id, num_tokens, step_token(index, role))
             case GradeOf(draft=draft):
-                suffix, num_tokens = (*draft.token_ids, *(0,) * self.turn_tokens), 1
+                kept = recorded.steps[index].base_tokens is None
+                return grade_request_of(chain, ask, request_id, draft, self.turn_tokens, kept)
             case WriteAnswer():
-                num_tokens = recorded.answer_tokens
-        assert num_tokens is not None
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=chain.contexts[ask.engine].ids,
-            suffix_token_ids=suffix,
-            max_tokens=num_tokens,
-            sampling=GREEDY,
-            seed=token,
-        )
+                return request_of(chain, ask, request_id, recorded.answer_tokens)
 
     def result(self, ask: Ask, completion: Completion) -> Result:
-        ids = completion.token_ids
-        match ask:
-            case Write(role=role):
-                return WrittenStep(role, EndedBy.blank_line, dict.fromkeys(Role, ids), len(ids))
-            case GradeOf():
-                return ACCEPTED
-            case WriteAnswer(role=role):
-                return WrittenAnswer(role, ids, len(ids), AnswerEnd.stop)
+        return result_of(ask, completion)
 
 
 def replay(

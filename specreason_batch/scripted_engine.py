@@ -4,15 +4,13 @@ It hands completions out late, a few a poll and in an order of its own, as a rea
 real one refuses.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from random import Random
 
 from specreason_batch.clock import Clock, WallClock
-from specreason_batch.engine import EngineInfo
-from specreason_batch.types import Completion, FinishReason, Request
-
-Script = Callable[[Request], Completion]
+from specreason_batch.engine import EngineInfo, Script
+from specreason_batch.types import Completion, Request
 
 
 class ScriptedEngine:
@@ -71,11 +69,7 @@ class ScriptedEngine:
 
     def _answer(self, request: Request) -> Completion:
         if len(request.prompt_token_ids) + request.max_tokens > self.info.max_model_len:
-            return _refusal(request, "longer than the window")
+            return Completion.refusal(request, "longer than the window")
         if not all(0 <= id < self.info.vocab_size for id in request.prompt_token_ids):
-            return _refusal(request, "token id out of range")
+            return Completion.refusal(request, "token id out of range")
         return self._script(request)
-
-
-def _refusal(request: Request, error: str) -> Completion:
-    return Completion(request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error)

@@ -8,14 +8,12 @@ Left out: prefixes shared between chains, the blocks that a rejected draft leave
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
-from specreason_batch.engine import EngineInfo
-from specreason_batch.types import Completion, FinishReason, Request
-
-Script = Callable[[Request], Completion]
+from specreason_batch.engine import EngineInfo, Script
+from specreason_batch.types import Completion, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +274,7 @@ class SimulatedEngine:
             if self.profile.request_seconds:
                 self.clock.spend(self.profile.request_seconds)
             if request.num_prompt_tokens + request.max_tokens > self.profile.max_model_len:
-                self._hand_out(_refusal(request))
+                self._hand_out(Completion.refusal(request, "longer than the window"))
             else:
                 self._waiting.append(SequenceState(request, self._script(request)))
 
@@ -380,7 +378,7 @@ class SimulatedEngine:
         self._running = [sequence for sequence in self._running if not sequence.is_done]
         for sequence in done:
             self._cache.put(sequence.request, sequence.answer.token_ids, sequence.num_computed)
-            self._hand_out(_with_cached(sequence.answer, sequence.num_cached))
+            self._hand_out(replace(sequence.answer, num_cached_tokens=sequence.num_cached))
 
     # --- memory ---
 
@@ -422,19 +420,3 @@ class SimulatedEngine:
 def _pairs(num_before: int, num_tokens: int) -> int:
     """How often a prefilled token looks at a token before it, in the cache or in its own chunk."""
     return num_before * num_tokens + num_tokens * (num_tokens - 1) // 2
-
-
-def _with_cached(completion: Completion, num_cached: int) -> Completion:
-    return Completion(
-        request_id=completion.request_id,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        logprobs=completion.logprobs,
-        num_cached_tokens=num_cached,
-    )
-
-
-def _refusal(request: Request) -> Completion:
-    return Completion(
-        request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error="longer than the window"
-    )

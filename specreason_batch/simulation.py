@@ -68,35 +68,20 @@ class Workload:
 
     def request(self, chain: Chain, ask: Ask, request_id: str) -> Request:
         index = len(chain.steps)
-        suffix: tuple[int, ...] = ()
         match ask:
             case Write(role=role):
-                num_tokens = self._step_length(chain, role)
-                token = step_token(index, role, closes=index + 1 >= self._num_steps(chain))
+                closes = index + 1 >= self._num_steps(chain)
+                return request_of(
+                    chain, ask, request_id, self._step_length(chain, role), step_token(index, role, closes)
+                )
             case GradeOf(draft=draft):
-                suffix = (*draft.token_ids, *(0,) * self.turn_tokens)
-                num_tokens, token = 1, int(stable_coin(self.accept_rate, chain.seed, index))
+                accepted = stable_coin(self.accept_rate, chain.seed, index)
+                return grade_request_of(chain, ask, request_id, draft, self.turn_tokens, accepted)
             case WriteAnswer():
-                num_tokens, token = self.answer_tokens, 0
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=chain.contexts[ask.engine].ids,
-            suffix_token_ids=suffix,
-            max_tokens=num_tokens,
-            sampling=GREEDY,
-            seed=token,
-        )
+                return request_of(chain, ask, request_id, self.answer_tokens)
 
     def result(self, ask: Ask, completion: Completion) -> Result:
-        ids = completion.token_ids
-        match ask:
-            case Write(role=role):
-                ended_by = EndedBy.think_close if _closes(ids[0]) else EndedBy.blank_line
-                return WrittenStep(role, ended_by, dict.fromkeys(Role, ids), len(ids))
-            case GradeOf():
-                return ACCEPTED if ids[0] else REJECTED
-            case WriteAnswer(role=role):
-                return WrittenAnswer(role, ids, len(ids), AnswerEnd.stop)
+        return result_of(ask, completion)
 
     def _step_length(self, chain: Chain, role: Role) -> int:
         drawn = NormalDist(self.step_tokens, self.step_spread * self.step_tokens) if self.step_spread else None
@@ -105,6 +90,40 @@ class Workload:
 
     def _num_steps(self, chain: Chain) -> int:
         return max(1, round(self.num_steps * (0.5 + stable_uniform(chain.seed, "steps"))))
+
+
+def request_of(
+    chain: Chain, ask: Ask, request_id: str, num_tokens: int, token: int = 0, suffix: tuple[int, ...] = ()
+) -> Request:
+    """A request whose completion is this token so many times."""
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=chain.contexts[ask.engine].ids,
+        suffix_token_ids=suffix,
+        max_tokens=num_tokens,
+        sampling=GREEDY,
+        seed=token,
+    )
+
+
+def grade_request_of(
+    chain: Chain, ask: Ask, request_id: str, draft: WrittenStep, turn_tokens: int, accepted: bool
+) -> Request:
+    """A request for a grade, whose one token says whether the draft is kept."""
+    return request_of(chain, ask, request_id, 1, int(accepted), (*draft.token_ids, *(0,) * turn_tokens))
+
+
+def result_of(ask: Ask, completion: Completion) -> Result:
+    """What the tokens of such a completion say."""
+    ids = completion.token_ids
+    match ask:
+        case Write(role=role):
+            ended_by = EndedBy.think_close if _closes(ids[0]) else EndedBy.blank_line
+            return WrittenStep(role, ended_by, dict.fromkeys(Role, ids), len(ids))
+        case GradeOf():
+            return ACCEPTED if ids[0] else REJECTED
+        case WriteAnswer(role=role):
+            return WrittenAnswer(role, ids, len(ids), AnswerEnd.stop)
 
 
 def repeat_token(request: Request) -> Completion:

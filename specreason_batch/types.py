@@ -127,6 +127,11 @@ class Completion:
     num_cached_tokens: int = 0  # prompt tokens that were not computed again
     error: str | None = None  # for `refused`: what was wrong
 
+    @classmethod
+    def refusal(cls, request: Request, error: str) -> "Completion":
+        """What an engine gives back for an invalid request."""
+        return cls(request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error)
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenStep:

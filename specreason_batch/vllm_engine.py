@@ -132,9 +132,7 @@ class VllmEngine:
         return None
 
     def _refuse(self, request: Request, error: str) -> None:
-        self._refused.append(
-            Completion(request_id=request.request_id, token_ids=(), finish_reason=FinishReason.refused, error=error)
-        )
+        self._refused.append(Completion.refusal(request, error))
 
     def _parameters(self, request: Request) -> Any:
         """A shallow copy of the kind's SamplingParams: building one from scratch costs ten times as much."""

@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from specreason_batch.config import GenerateConfig, InputConfig, PartsConfig, Po
 from specreason_batch.engine import EngineAborted, EngineDead
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, run_plan
-from specreason_batch.schedules import SCHEDULES, Stopped
+from specreason_batch.run import StopSignal, choose_schedule, run_plan
+from specreason_batch.schedules import SCHEDULES, Stopped, continuous, lockstep, overlapped, waves
 from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.store.parts import ShardPaths, ShardWriter
 from specreason_batch.store.reading import scan
@@ -521,3 +522,12 @@ def test_a_second_interrupt_does_not_wait() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_schedules_options_reach_it_and_the_baselines_know_none() -> None:
+    chosen = choose_schedule(ScheduleConfig(name="waves", wave=0.5), free_running=False)
+    assert isinstance(chosen, partial) and (chosen.func, chosen.keywords) == (waves, {"wave": 0.5})
+    chosen = choose_schedule(ScheduleConfig(name="overlapped", cohorts=2), free_running=False)
+    assert isinstance(chosen, partial) and (chosen.func, chosen.keywords) == (overlapped, {"cohorts": 2})
+    assert choose_schedule(ScheduleConfig(name="lockstep"), free_running=False) is lockstep
+    assert choose_schedule(ScheduleConfig(name="lockstep"), free_running=True) is continuous

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated import ACCEPT_RATES, CASES, simulate_case
 from specreason_batch import profiles
+from specreason_batch.replay import RecordedChain, RecordedStep, Recording, replay
 from specreason_batch.schedules import SCHEDULES
 from specreason_batch.simulated_engine import CostProfile, Script, SimulatedEngine, VirtualClock
 from specreason_batch.simulation import Hardware, Simulated, Workload, repeat_token, simulate
-from specreason_batch.types import Completion, FinishReason, Request, Role, Sampling, Step, Write
+from specreason_batch.types import Completion, FinishReason, Phase, Request, Role, Sampling, Step, Write
 from tests.support.plain_loop import plain_rows
 from tests.support.running import Run, run_workload
 from tests.support.worlds import World, worlds
@@ -708,3 +709,42 @@ def test_waves_never_lose_to_continuous_on_a_shared_gpu(number: int) -> None:
     for rate in ACCEPT_RATES:
         waves, continuous = (over_base_only(number, name, rate, times=times) for name in ("waves", "continuous"))
         assert waves >= 0.98 * continuous
+
+
+# --- recorded chains ---
+
+
+@pytest.mark.parametrize("policy", ["specreason", "random", "base_only"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_recorded_run_replayed_on_its_own_hardware_is_that_run(schedule: str, policy: str) -> None:
+    workload, hardware = Workload(step_tokens=12, num_steps=6, turn_tokens=9, accept_rate=0.6), profiles.H200
+    ran = run_workload(workload, hardware, num_chains=14, schedule=schedule, policy=policy, active_size=5)
+    chains = sorted(
+        (chain for report in ran for chain in report.finished), key=lambda chain: int(chain.prompt.prompt_id)
+    )
+    recorded = [
+        RecordedChain(
+            prompt_tokens=workload.prompt_tokens,
+            steps=[_recorded(step) for step in chain.steps],
+            answer_tokens=workload.answer_tokens,
+        )
+        for chain in chains
+    ]
+    roles = tuple(Role) if policy != "base_only" else (Role.base,)
+    again = replay(Recording(recorded, workload.turn_tokens, roles), SCHEDULES[schedule], hardware, 5)
+    before = [report.stats for report in ran]
+    for phase in Phase:
+        for name in ("num_requests", "num_prompt_tokens", "num_generated_tokens"):
+            old, new = (sum(getattr(item.phases[phase], name) for item in stats) for stats in (before, again))
+            assert old == new
+    assert sum(item.seconds for item in again) == pytest.approx(sum(item.seconds for item in before), rel=0.01)
+
+
+def _recorded(step: Step) -> RecordedStep:
+    drafted = step.written.author is Role.draft
+    draft = step.written if drafted else step.rejected
+    return RecordedStep(
+        draft_tokens=draft.num_tokens if draft else None,
+        graded=step.grade is not None,
+        base_tokens=None if drafted else step.written.num_tokens,
+    )

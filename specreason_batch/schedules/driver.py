@@ -126,12 +126,10 @@ class Driver:
                 moved += [walk for completion in completions if (walk := self._receive(completion)) is not None]
         return moved
 
-    def drain(self) -> list[Walk]:
-        """Take completions until nothing is outstanding; the walks that they moved on."""
-        moved = []
+    def drain(self) -> None:
+        """Take completions until nothing is outstanding."""
         while self._outstanding:
-            moved += self.take()
-        return moved
+            self.take()
 
     def abandon(self) -> None:
         """Forget what is outstanding, so that the engines can be used again."""

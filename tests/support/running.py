@@ -8,6 +8,7 @@ from typing import Any
 
 from specreason_batch.chain import Chain, Policy
 from specreason_batch.clock import Clock, WallClock
+from specreason_batch.engine import Script
 from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.rounds import RoundReport
 from specreason_batch.schedules import SCHEDULES, Admission, Capacity, Driver
@@ -19,8 +20,6 @@ from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import Completion, Prompt, Request, Role
 from tests.support.plain_loop import COUNTED_ELSEWHERE, VOLATILE, Row
 from tests.support.worlds import World
-
-Script = Callable[[Request], Completion]
 
 
 def translator_of(world: World) -> Translator:
