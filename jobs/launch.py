@@ -23,10 +23,12 @@ class ExitStatus(IntEnum):
     """How a job ended (docs/slurm.md)."""
 
     finished = 0
-    failed = 1  # an engine died, the disk is full ...; what was committed is safe
+    failed = 1  # engines keep dying, the disk is full ...; what was saved is safe
     invalid = 2  # configuration or input cannot be used; nothing was started
+    held = 69  # another job works on what is left (EX_UNAVAILABLE)
+    bad_node = 71  # this machine's trouble: run me again elsewhere (EX_OSERR)
+    stopped = 75  # a signal; everything is saved: run me again (EX_TEMPFAIL)
     interrupted = 130  # a second Ctrl-C
-    stopped = 75  # a signal: run me again (EX_TEMPFAIL)
 
 
 def register_schema() -> None:

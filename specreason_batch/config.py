@@ -19,13 +19,21 @@ POLICY_NAMES = ("specreason", "base_only", "draft_only", "random")
 SCHEDULE_NAMES = ("lockstep", "overlapped", "continuous", "waves")
 
 # Fields that cannot change rows: a run may be continued with other values. Everything else is part of the fingerprint.
+SECTIONS = (
+    *("input", "draft", "base", "sampling", "policy", "judge", "budgets", "schedule", "parts"),
+    *("checkpoint", "lease", "recovery", "log"),
+)
+
 NOT_IN_FINGERPRINT = (
     "name",
     "output_dir",
     "limit",
-    "input.shard",
+    "input.shards",
     "schedule",
     "parts",
+    "checkpoint",
+    "lease",
+    "recovery",
     "log",
     *(
         f"{role}.{name}"
@@ -207,11 +215,12 @@ class InputConfig:
     """Prompt shards: Parquet with `prompt_id`, `prompt` and, if there is one, `gold_answer`."""
 
     path: str = MISSING  # a file, a folder of *.parquet, or a glob
-    shard: int | None = None  # only this shard, counted from 0 in name order; None: all
+    shards: list[int] | None = None  # only these shards, counted from 0 in name order; None: all
 
     def problems(self, path: str) -> Iterator[str]:
         yield from _nonempty(f"{path}.path", self.path)
-        yield from _at_least(f"{path}.shard", self.shard, 0)
+        if self.shards is not None and (not self.shards or min(self.shards) < 0):
+            yield f"{path}.shards: {self.shards} is out of range; allowed: one or more shard numbers, from 0"
 
 
 @dataclass(kw_only=True)
@@ -247,6 +256,43 @@ class PartsConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """How often the chains in flight are saved: this is the most work that a kill can cost."""
+
+    seconds: float = 60.0  # between checkpoints; 0: after every round (or second)
+    keep: int = 2  # the newest ones that stay; a torn one is passed over for the one before
+
+    def problems(self, path: str) -> Iterator[str]:
+        yield from _at_least(f"{path}.seconds", self.seconds, 0)
+        yield from _at_least(f"{path}.keep", self.keep, 1)
+
+
+@dataclass(kw_only=True)
+class LeaseConfig:
+    """One writer a shard (specreason_batch/store/attempts.py)."""
+
+    beat_seconds: float = 10.0  # between the owner's signs of life
+    stale_seconds: float = 90.0  # without one for this long, a shard may be taken over
+
+    def problems(self, path: str) -> Iterator[str]:
+        yield from _at_least(f"{path}.beat_seconds", self.beat_seconds, 0.05)
+        yield from _at_least(f"{path}.stale_seconds", self.stale_seconds, 3 * self.beat_seconds)
+
+
+@dataclass(kw_only=True)
+class RecoveryConfig:
+    """What happens when an engine dies, or a signal comes."""
+
+    max_rebuilds: int = 16  # of engines in a row, without a chain finished in between; then the run fails
+    stop_seconds: float = 60.0  # from a stop signal to the process's end, at most
+    node_check: str | None = None  # a shell command run before models load; a non-zero status means a bad node
+
+    def problems(self, path: str) -> Iterator[str]:
+        yield from _at_least(f"{path}.max_rebuilds", self.max_rebuilds, 0)
+        yield from _at_least(f"{path}.stop_seconds", self.stop_seconds, 1)
+
+
+@dataclass(kw_only=True)
 class LogConfig:
     """What a person sees."""
 
@@ -277,6 +323,9 @@ class GenerateConfig:
     budgets: BudgetConfig = MISSING
     schedule: ScheduleConfig = MISSING
     parts: PartsConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    lease: LeaseConfig = MISSING
+    recovery: RecoveryConfig = MISSING
     log: LogConfig = MISSING
 
     def __post_init__(self) -> None:
@@ -289,7 +338,7 @@ class GenerateConfig:
         yield from _at_least("seed", self.seed, 0)
         yield from _at_least("samples_per_prompt", self.samples_per_prompt, 1)
         yield from _at_least("limit", self.limit, 1)
-        for name in ("input", "draft", "base", "sampling", "policy", "judge", "budgets", "schedule", "parts", "log"):
+        for name in SECTIONS:
             yield from getattr(self, name).problems(name)
         if self.judge.reading is Reading.yes_no:
             yield from _within("policy.threshold (reading yes_no)", self.policy.threshold, 0.0, 1.0)

@@ -70,7 +70,7 @@ class Plan:
 
 def make_plan(config: GenerateConfig) -> Plan:
     """Check everything and claim the output folder. Raises InvalidInput naming what cannot be used."""
-    shards = [PromptShard.open(path) for path in _selected(list_shards(config.input.path), config.input.shard)]
+    shards = [PromptShard.open(path) for path in _selected(list_shards(config.input.path), config.input.shards)]
     spec = POLICIES[config.policy.name]
     rules = _rules(config.policy)
     config.policy.accept_rate = rules.accept_rate if config.policy.name == "random" else None
@@ -114,12 +114,12 @@ def _prompt_reject(prompt: Prompt, shard: ShardPlan, reason: str) -> Reject:
     )
 
 
-def _selected(shards: Sequence[Path], index: int | None) -> list[Path]:
-    if index is None:
+def _selected(shards: Sequence[Path], indices: list[int] | None) -> list[Path]:
+    if indices is None:
         return list(shards)
-    if index >= len(shards):
-        raise InvalidInput(f"input.shard: {index} is out of range; allowed: 0 to {len(shards) - 1}")
-    return [shards[index]]
+    if beyond := [index for index in indices if index >= len(shards)]:
+        raise InvalidInput(f"input.shards: {beyond} are out of range; allowed: 0 to {len(shards) - 1}")
+    return [shards[index] for index in sorted(set(indices))]
 
 
 def _rules(policy: PolicyConfig) -> Rules:

@@ -48,7 +48,7 @@ ENGINE_KEYS = {
     *("chat.think_open", "chat.think_close", "chat.template", "chat.template_kwargs", "chat.system_prompt"),
 }
 KEYS = {
-    *("name", "output_dir", "seed", "seeded", "samples_per_prompt", "limit", "input.path", "input.shard"),
+    *("name", "output_dir", "seed", "seeded", "samples_per_prompt", "limit", "input.path", "input.shards"),
     *(f"{role}.{key}" for role in ("draft", "base") for key in ENGINE_KEYS),
     *(f"sampling.{who}.{key}" for who in ("draft", "base", "answer") for key in ("temperature", "top_p", "top_k")),
     *(
@@ -57,7 +57,14 @@ KEYS = {
     ),
     *(f"judge.{key}" for key in ("question", "reply_opening", "reading", "mass_floor", "labels")),
     *(f"budgets.{key}" for key in ("max_step_tokens", "thinking_tokens", "generated_tokens", "repeated_steps")),
-    *("budgets.max_answer_tokens", "parts.chains", "parts.seconds"),
+    *("budgets.max_answer_tokens", "parts.chains", "parts.seconds", "checkpoint.seconds", "checkpoint.keep"),
+    *(
+        "lease.beat_seconds",
+        "lease.stale_seconds",
+        "recovery.max_rebuilds",
+        "recovery.stop_seconds",
+        "recovery.node_check",
+    ),
     *(f"schedule.{key}" for key in ("name", "active_size", "fit_memory", "cohorts", "wave")),
     *("log.seconds", "log.vllm_level"),
 }
@@ -184,7 +191,7 @@ OUT_OF_RANGE = [
     ("limit=0", "limit: 0 is out of range; allowed: at least 1"),
     ("output_dir=''", "output_dir: '' is empty; allowed: text"),
     ("input.path=''", "input.path: '' is empty; allowed: text"),
-    ("input.shard=-1", "input.shard: -1 is out of range; allowed: at least 0"),
+    ("input.shards=[-1]", "input.shards: [-1] is out of range; allowed: one or more shard numbers, from 0"),
     *[
         (f"{role}.{setting}", f"{role}.{message}")
         for role in ("draft", "base")
@@ -241,6 +248,12 @@ OUT_OF_RANGE = [
     ("schedule.active_size=0", "schedule.active_size: 0 is out of range; allowed: at least 1"),
     ("parts.chains=0", "parts.chains: 0 is out of range; allowed: at least 1"),
     ("parts.seconds=-1", "parts.seconds: -1.0 is out of range; allowed: at least 0"),
+    ("checkpoint.seconds=-1", "checkpoint.seconds: -1.0 is out of range; allowed: at least 0"),
+    ("checkpoint.keep=0", "checkpoint.keep: 0 is out of range; allowed: at least 1"),
+    ("lease.beat_seconds=0", "lease.beat_seconds: 0.0 is out of range; allowed: at least 0.05"),
+    ("lease.stale_seconds=20", "lease.stale_seconds: 20.0 is out of range; allowed: at least 30.0"),
+    ("recovery.max_rebuilds=-1", "recovery.max_rebuilds: -1 is out of range; allowed: at least 0"),
+    ("recovery.stop_seconds=0", "recovery.stop_seconds: 0.0 is out of range; allowed: at least 1"),
     ("log.seconds=0", "log.seconds: 0.0 is out of range; allowed: at least 0.1"),
     ("log.vllm_level=LOUD", "log.vllm_level: 'LOUD' is unknown; allowed: DEBUG, INFO, WARNING, ERROR"),
 ]
@@ -257,7 +270,7 @@ def test_every_field_with_a_range_has_a_case_here() -> None:
     """Fields of numbers and of names; those without a range are listed."""
     unranged = {"seeded", "fit_memory", "in_process", "trust_remote_code", "dtype", "vllm_args", "device_ids"}
     unranged |= {"chat.template", "chat.template_kwargs", "chat.system_prompt"}
-    unranged |= {"policy.match_run", "policy.answer_role", "judge.reading"}
+    unranged |= {"policy.match_run", "policy.answer_role", "judge.reading", "recovery.node_check"}
     tested = {override.split("=")[0] for override, _ in OUT_OF_RANGE}
     left = {key for key in KEYS - {"name"} if key not in unranged and key.split(".", 1)[-1] not in unranged}
     assert left == tested

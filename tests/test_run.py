@@ -179,11 +179,11 @@ def test_a_task_of_an_array_runs_its_own_shard_only(place: Path) -> None:
     for name in ("x", "y"):
         write_prompts(place / "shards" / f"{name}.parquet", 2, prompt_id=[f"{name}0", f"{name}1"])
     for shard, expected in ((1, ["y0", "y1"]), (0, ["x0", "x1", "y0", "y1"])):
-        config = make_config(place, input=InputConfig(path=str(place / "shards"), shard=shard))
+        config = make_config(place, input=InputConfig(path=str(place / "shards"), shards=[shard]))
         run(config)
         assert [key for key, _ in chain_keys(config)] == expected
-    with pytest.raises(InvalidInput, match=r"input\.shard: 2 is out of range; allowed: 0 to 1"):
-        make_plan(make_config(place, input=InputConfig(path=str(place / "shards"), shard=2)))
+    with pytest.raises(InvalidInput, match=r"input\.shards: \[2\] are out of range; allowed: 0 to 1"):
+        make_plan(make_config(place, input=InputConfig(path=str(place / "shards"), shards=[2])))
 
 
 def test_parts_close_at_their_size_and_hold_whole_chains(place: Path) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 from specreason_batch.config import (
     BudgetConfig,
     ChatConfig,
+    CheckpointConfig,
     DecodingConfig,
     EngineConfig,
     GenerateConfig,
     InputConfig,
     JudgeConfig,
+    LeaseConfig,
     LogConfig,
     PartsConfig,
     PolicyConfig,
+    RecoveryConfig,
     SamplingConfig,
     ScheduleConfig,
 )
@@ -52,6 +55,9 @@ def make_config(folder: Path, **changes: Any) -> GenerateConfig:
         "budgets": BudgetConfig(max_step_tokens=12, thinking_tokens=60, max_answer_tokens=6),
         "schedule": ScheduleConfig(name="lockstep", active_size=3),
         "parts": PartsConfig(),
+        "checkpoint": CheckpointConfig(),
+        "lease": LeaseConfig(),
+        "recovery": RecoveryConfig(),
         "log": LogConfig(seconds=1e6),
     }
     return GenerateConfig(**(values | changes))

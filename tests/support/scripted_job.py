@@ -1,0 +1,74 @@
+"""`jobs.generate` as a process of its own, but for its engines: `python -m tests.support.scripted_job OVERRIDE...`.
+
+Everything from the composed configuration to the exit status is the real job's. The engines answer from a scripted
+world; SCRIPTED_PACE is the seconds that a poll of theirs takes.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from jobs.generate import generate
+from jobs.launch import register_schema, run_job, to_config
+from specreason_batch.clock import Clock, WallClock
+from specreason_batch.config import GenerateConfig
+from specreason_batch.engine import Engine
+from specreason_batch.progress import Progress
+from specreason_batch.scripted_engine import ScriptedEngine
+from specreason_batch.types import Completion, Role
+from tests.support.worlds import World
+
+CONF = Path(__file__).parent.parent.parent / "conf"
+WORLD = World(seed=21, close_rate=0.03)
+
+
+def overrides(folder: Path) -> list[str]:
+    """What makes the toy experiment a scripted run over `folder`'s models/ (support.configs.write_models)."""
+    return [
+        *(f"{role}.model={folder}/models/{role}" for role in Role),
+        *(f"{role}.max_model_len=400" for role in Role),
+        "judge.question='so 0-9?'",
+        "judge.reply_opening='so: '",
+        "policy.threshold=4.0",
+        "budgets.max_step_tokens=12",
+        "budgets.thinking_tokens=60",
+        "budgets.max_answer_tokens=6",
+    ]
+
+
+class PacedEngine(ScriptedEngine):
+    """A scripted engine whose polls take time."""
+
+    pace = float(os.environ.get("SCRIPTED_PACE", "0"))  # seconds
+
+    def poll(self, timeout: float) -> list[Completion]:
+        time.sleep(self.pace)
+        return super().poll(timeout)
+
+
+@contextmanager
+def scripted_engines(
+    config: GenerateConfig, roles: frozenset[Role], progress: Progress, clock: Clock | None = None
+) -> Iterator[dict[Role, Engine]]:
+    """In place of `started_engines`."""
+    clock = clock or WallClock()
+    yield {
+        role: PacedEngine(WORLD.model(role), config.engine(role).max_model_len, order_seed=index, clock=clock)
+        for index, role in enumerate(sorted(roles))
+    }
+
+
+def main() -> None:
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("generate", sys.argv[1:])
+    run_job(lambda console: generate(to_config(composed), console, scripted_engines))
+
+
+if __name__ == "__main__":
+    main()
