@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.profile import toy_config
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.rounds import RoundReport
-from specreason_batch.run import StopSignal, run_plan, started_engines
+from specreason_batch.run import run_plan
+from specreason_batch.signals import StopSignal
 from specreason_batch.types import Role
 
 HELD_OUT = Path(__file__).parent.parent / "examples" / "toy" / "prompts" / "heldout.parquet"

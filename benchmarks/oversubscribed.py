@@ -24,9 +24,11 @@ from rich.table import Table
 
 from benchmarks.profile import toy_config
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, run_plan, started_engines
+from specreason_batch.run import run_plan
+from specreason_batch.signals import StopSignal
 from specreason_batch.store.reading import scan
 from specreason_batch.types import Phase, Role
 

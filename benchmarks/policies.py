@@ -23,9 +23,11 @@ from rich.table import Table
 from jobs.launch import register_schema, to_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, run_plan, started_engines
+from specreason_batch.run import run_plan
+from specreason_batch.signals import StopSignal
 from specreason_batch.store.prompts import PromptShard
 from specreason_batch.types import Prompt, Request, Role, Sampling
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from jobs.launch import register_schema, to_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.progress import Progress
-from specreason_batch.run import started_engines
 from specreason_batch.simulated_engine import CostProfile, SimulatedEngine, VirtualClock
 from specreason_batch.simulation import repeat_token
 from specreason_batch.types import Request, Role, Sampling

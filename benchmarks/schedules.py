@@ -26,10 +26,13 @@ from rich.table import Table
 from benchmarks.profile import fit, measure, measure_cores, show, start_profile, toy_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.replay import RecordedChain, RecordedStep, Recording, replay
-from specreason_batch.run import StopSignal, choose_schedule, run_plan, started_engines
+from specreason_batch.run import run_plan
+from specreason_batch.shard import choose_schedule
+from specreason_batch.signals import StopSignal
 from specreason_batch.simulation import Hardware
 from specreason_batch.store.prompts import PromptShard
 from specreason_batch.store.reading import scan

@@ -16,10 +16,12 @@ from rich.table import Table
 from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, probe_engines, run_plan, started_engines
+from specreason_batch.run import probe_engines, run_plan
 from specreason_batch.show import show_chain
+from specreason_batch.signals import StopSignal
 from specreason_batch.summary import Summary, summarise, summary_table
 from specreason_batch.types import Completion, Request, Role
 

@@ -10,31 +10,29 @@ from rich.console import Console
 
 from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.config import GenerateConfig
-from specreason_batch.engine import Engine
+from specreason_batch.engines import Engines, started_engines
 from specreason_batch.plan import make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, probe_engines, run_plan, started_engines
+from specreason_batch.run import run_shards
+from specreason_batch.signals import StopSignal
 from specreason_batch.summary import summarise, summary_table
 from specreason_batch.types import Role
 
 register_schema()
 
-StartEngines = Callable[[GenerateConfig, frozenset[Role], Progress], AbstractContextManager[dict[Role, Engine]]]
+StartEngines = Callable[[GenerateConfig, frozenset[Role], Progress], AbstractContextManager[Engines]]
 
 
 def generate(config: GenerateConfig, console: Console, start_engines: StartEngines = started_engines) -> None:
-    """The whole job. Raises InvalidInput, Stopped, EngineDead, OSError."""
+    """The whole job. Raises what `run_shards` does."""
     progress = Progress(console, config.log.seconds)
     plan = make_plan(config)
     progress.introduce(plan)
-    stop = StopSignal()
     if not plan.pending:
         progress.say("nothing to do: every chain is committed")
-    else:
-        with stop.installed(), start_engines(config, plan.policy_spec.roles, progress) as engines:
-            probe_engines(plan, engines, progress)
-            with progress.running():
-                run_plan(plan, engines, progress, stop)
+    stop = StopSignal(config.recovery.stop_seconds)
+    with stop.installed(), progress.running():
+        run_shards(plan, lambda: start_engines(config, plan.policy_spec.roles, progress), progress, stop)
     summary = summarise(Path(config.output_dir))
     if summary is not None:
         console.print(summary_table(summary, f"{config.output_dir} ({config.policy.name})"))

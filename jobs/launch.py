@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from specreason_batch.config import GenerateConfig
-from specreason_batch.engine import EngineAborted, EngineDead
+from specreason_batch.engine import BadNode, EngineDead
 from specreason_batch.schedules import Stopped
+from specreason_batch.store.attempts import LeaseHeld, LeaseLost
 from specreason_batch.types import InvalidInput
 
 BATCH_LOG_WIDTH = 140  # columns of a table where there is no terminal
@@ -67,14 +68,18 @@ def run_job(job: Callable[[Console], Any]) -> None:
         job(console)
     except InvalidInput as error:
         _leave(errors, f"error: {error}", ExitStatus.invalid)
-    except (Stopped, EngineAborted) as error:
-        _leave(
-            errors, f"stopped: {error}; finished chains are committed; run the same command again", ExitStatus.stopped
-        )
+    except Stopped as error:
+        _leave(errors, f"stopped: {error}; everything is saved; run the same command again", ExitStatus.stopped)
     except KeyboardInterrupt:
-        _leave(errors, "interrupted at once; what is committed is safe", ExitStatus.interrupted)
+        _leave(errors, "interrupted at once; what is saved is safe", ExitStatus.interrupted)
+    except LeaseHeld as error:
+        _leave(errors, f"held: another job works on what is left:\n{error}", ExitStatus.held)
+    except LeaseLost as error:
+        _leave(errors, f"lost: {error}", ExitStatus.held)
+    except BadNode as error:
+        _leave(errors, f"bad node: {error}; run the same command elsewhere", ExitStatus.bad_node)
     except (EngineDead, OSError) as error:
-        _leave(errors, f"failed: {error}; what is committed is safe; run the same command again", ExitStatus.failed)
+        _leave(errors, f"failed: {error}; what is saved is safe; run the same command again", ExitStatus.failed)
 
 
 def _leave(console: Console, message: str, status: ExitStatus) -> None:

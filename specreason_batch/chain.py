@@ -3,6 +3,7 @@
 Owns: appending steps, and every reason for thinking to end. Does not know: tokenizers, engines, files, who decided.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,11 +36,14 @@ class Context:
 
 @dataclass(slots=True)
 class Usage:
-    """What a chain's requests took of the engines."""
+    """What a chain's requests took of the engines: those whose results it keeps, or decided against.
+
+    A result that is lost (the run was stopped before the chain took it up) is asked for again, and counted only then.
+    """
 
     num_grade_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0  # of all its requests
-    num_redone_tokens: int = 0  # generated again after a restart
+    num_redone_tokens: int = 0  # generated, lost and generated again, as far as is known
     active_seconds: float = 0.0  # from its first request to its last completion, waiting included
 
 
@@ -102,6 +106,12 @@ class Chain:
         self.num_kept_tokens += len(written.bodies[Role.base])
         self.num_generated_tokens += step.num_generated_tokens
         self.thinking_end = ThinkingEnd.closed if written.closes else self._limit_reached()
+
+    def replay(self, steps: Iterable[Step]) -> None:
+        """Keep steps that were decided on before: the chain is then as it was after them."""
+        for step in steps:
+            self.round = step.round
+            self.append(step.written, rejected=step.rejected, grade=step.grade, accepted=step.accepted)
 
     def begin(self) -> None:
         """Look at the limits before the first step: a prompt may leave no room for any."""

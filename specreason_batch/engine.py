@@ -9,20 +9,44 @@ at once: `clock.wait(timeout)`, then `poll(0)` on each.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from specreason_batch.clock import Clock
-from specreason_batch.types import Completion, Request
+from specreason_batch.types import Completion, Request, Role
 
 Script = Callable[[Request], Completion]  # what answers in an engine without a model
 
 
+class DeathCause(StrEnum):
+    """Why an engine cannot go on; it decides what may help."""
+
+    died = "died"  # a process of it was killed, or something was raised that says no more
+    out_of_memory = "out_of_memory"  # fewer chains at a time may live
+    silent = "silent"  # no output for its time-out
+    aborted = "aborted"  # it cut requests short
+    starting = "starting"  # it never came up
+    device = "device"  # the accelerator reported an error
+
+
 class EngineDead(Exception):
-    """The engine cannot go on: its process died, it raised, or it gave no output for its time-out."""
+    """The engine cannot go on: its process died, it raised, or it gave no output for its time-out. Close it."""
+
+    def __init__(self, message: str = "", *, cause: DeathCause = DeathCause.died, role: Role | None = None):
+        super().__init__(message)
+        self.cause = cause
+        self.role = role  # set by whoever knows it; an engine does not
 
 
-class EngineAborted(Exception):
+class EngineAborted(EngineDead):
     """The engine cut requests short (a signal reached it). Their tokens must not be used."""
+
+    def __init__(self, message: str = "", *, role: Role | None = None):
+        super().__init__(message, cause=DeathCause.aborted, role=role)
+
+
+class BadNode(Exception):
+    """This machine's trouble: a restart here will not cure it, one elsewhere may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +90,12 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_ids: Collection[str]) -> None:
-        """Forget these requests: no completion of theirs is handed out any more. Unknown ids are passed over."""
+        """Forget these requests: no completion of theirs is handed out any more.
+
+        Unknown ids are passed over; a dead engine has nothing to forget.
+        """
         ...
 
     def close(self) -> None:
-        """Release the model, its memory and its processes. May be called twice."""
+        """Release the model, its memory and its processes, of a dead or hung engine too. May be called twice."""
         ...

@@ -3,7 +3,7 @@
 Owns: turning a valid configuration into a `Plan`, or refusing it. Does not know: engines.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,26 +81,40 @@ def make_plan(config: GenerateConfig) -> Plan:
     output_dir = Path(config.output_dir)
     fingerprint = claim_output(output_dir, fingerprint_fields(config, spec.roles), config)
     plans = [_shard_plan(shard, output_dir, config) for shard in shards]
-    pending = [plan for plan in plans if _has_work(plan, config)]
+    pending = [plan for plan in plans if has_work(plan, config)]
     finished = [plan for plan in plans if plan not in pending]
     policy = partial(spec.coroutine, rules=rules)
     return Plan(config, spec, policy, formats, case, judge, translator, fingerprint, pending, finished)
 
 
-def open_chains(plan: Plan, shard: ShardPlan, rejects: list[Reject]) -> Iterator[Chain]:
-    """The shard's chains that are not done yet, in order; unusable rows are appended to `rejects`."""
+def open_chains(
+    plan: Plan, shard: ShardPlan, rejects: list[Reject], begun: Collection[ChainKey] = ()
+) -> Iterator[Chain]:
+    """The shard's chains that are neither done nor begun, in order; unusable rows are appended to `rejects`."""
     for item in shard.shard.prompts(plan.config.limit):
         if isinstance(item, Reject):
             _reject(plan, shard, rejects, item)
             continue
         for sample_index in range(plan.config.samples_per_prompt):
-            if (item.prompt_id, sample_index) in shard.done:
+            key = item.prompt_id, sample_index
+            if key in shard.done or key in begun:
                 continue
             try:
                 yield plan.translator.open(item, sample_index)
             except InvalidInput as error:
                 _reject(plan, shard, rejects, _prompt_reject(item, shard, str(error)))
                 break
+
+
+def prompts_of(plan: Plan, shard: ShardPlan, prompt_ids: Collection[str]) -> dict[str, Prompt]:
+    """These prompts of the shard, as far as the limit goes."""
+    found: dict[str, Prompt] = {}
+    for item in shard.shard.prompts(plan.config.limit):
+        if len(found) == len(prompt_ids):
+            break
+        if isinstance(item, Prompt) and item.prompt_id in prompt_ids:
+            found[item.prompt_id] = item
+    return found
 
 
 def _reject(plan: Plan, shard: ShardPlan, rejects: list[Reject], reject: Reject) -> None:
@@ -190,12 +204,12 @@ def _shard_plan(shard: PromptShard, output_dir: Path, config: GenerateConfig) ->
     return ShardPlan(shard, paths, source, paths.done_keys(), rows * config.samples_per_prompt)
 
 
-def _has_work(plan: ShardPlan, config: GenerateConfig) -> bool:
-    """Whether any chain is neither done nor known to be impossible."""
+def has_work(plan: ShardPlan, config: GenerateConfig) -> bool:
+    """Whether any chain is neither done nor known to be impossible, or an unusable row is not written down yet."""
     unusable = rejected_rows(plan.paths)
     return any(
-        (prompt.prompt_id, sample_index) not in plan.done
-        for prompt in plan.shard.prompts(config.limit)
-        if isinstance(prompt, Prompt) and prompt.row not in unusable
+        isinstance(item, Reject) or (item.prompt_id, sample_index) not in plan.done
+        for item in plan.shard.prompts(config.limit)
+        if item.row not in unusable
         for sample_index in range(config.samples_per_prompt)
     )

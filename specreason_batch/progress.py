@@ -5,7 +5,7 @@ Owns: wording and timing of output. Does not know: engines, files.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from specreason_batch.chain import Chain
 from specreason_batch.chat import VocabularyCase
 from specreason_batch.engine import EngineInfo
 from specreason_batch.plan import Plan, ShardPlan
@@ -155,9 +156,19 @@ class Progress:
 
     # --- during the run ---
 
-    def shard(self, shard: ShardPlan) -> None:
+    def shard(self, shard: ShardPlan, begun: Collection[Chain] = (), num_redone_tokens: int = 0) -> None:
+        """What is found of it: `begun` chains from a checkpoint, tokens that were generated after it and are lost."""
         self._left = shard.num_chains - shard.num_done
-        self._print(f"shard {shard.shard.name}: {self._left} chains to go")
+        if not shard.num_done and not begun:
+            self._print(f"shard {shard.shard.name}: {self._left:,} chains to go")
+            return
+        steps = sum(len(chain.steps) for chain in begun) / max(1, len(begun))
+        self._print(
+            f"shard {shard.shard.name}: resumed: {shard.num_done:,} done, {len(begun):,} in flight at {steps:.1f} "
+            f"steps, {self._left - len(begun):,} to go"
+        )
+        if num_redone_tokens:
+            self._print(f"shard {shard.shard.name}: about {num_redone_tokens:,} tokens after its checkpoint are redone")
 
     def round(self, report: RoundReport) -> None:
         stats = report.stats
@@ -182,8 +193,16 @@ class Progress:
             yield self
         self._live = None
 
+    @property
+    def window(self) -> Window:
+        """The last half minute."""
+        return self._window
+
     def say(self, text: str) -> None:
         self._print(text)
+
+    def warn(self, text: str) -> None:
+        self._print(text, style="yellow")
 
     def line(self) -> str:
         """Chains done, active, acceptance, tokens/s, how busy the engines are, ETA; rates of the last half minute."""

@@ -20,9 +20,11 @@ from specreason_batch.config import GenerateConfig, InputConfig, PartsConfig, Po
 from specreason_batch.engine import EngineAborted, EngineDead
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, choose_schedule, run_plan
+from specreason_batch.run import run_plan
 from specreason_batch.schedules import SCHEDULES, Stopped, continuous, lockstep, overlapped, waves
 from specreason_batch.scripted_engine import ScriptedEngine
+from specreason_batch.shard import choose_schedule
+from specreason_batch.signals import StopSignal
 from specreason_batch.store.parts import ShardPaths, ShardWriter
 from specreason_batch.store.reading import scan
 from specreason_batch.store.schemas import ROUNDS
@@ -132,7 +134,9 @@ def test_every_prompt_becomes_one_committed_chain(place: Path, schedule: str, po
         assert [step["step_index"] for step in steps] == list(range(chain["num_steps"]))
         assert "".join(chain["thinking"][step["start"] : step["end"]] for step in steps) == chain["thinking"]
         assert chain["input_level"] == int(chain["prompt_id"][1:])
-    assert ShardPaths(Path(config.output_dir) / "prompts").remove_uncommitted() == 0
+    paths = ShardPaths(Path(config.output_dir) / "prompts")
+    assert paths.parts("steps") == paths.parts("chains")
+    assert {path.name for path in paths.root.iterdir()} == {"attempts", "chains", "rounds", "steps"}
 
 
 @pytest.mark.parametrize(
@@ -369,11 +373,14 @@ def test_a_round_is_counted_once_when_committing_it_fails(place: Path, monkeypat
     """The disk is full between two rounds: the round before is reported already, and there is none to cut short."""
     config = make_config(place, parts=PartsConfig(chains=1, seconds=600), schedule=ScheduleConfig(name="lockstep"))
 
+    whole = ShardWriter.commit
+
     def full(writer: ShardWriter) -> None:
         if writer._chains:
+            monkeypatch.setattr(ShardWriter, "commit", whole)
             raise OSError("no space left")
 
-    monkeypatch.setattr(ShardWriter, "commit_if_due", full)
+    monkeypatch.setattr(ShardWriter, "commit", full)
     with pytest.raises(OSError, match="no space left"):
         run(config)
     rounds = scan(Path(config.output_dir), "rounds")
@@ -499,29 +506,6 @@ def test_any_prompt_id_is_shown_run_and_written_as_it_is(place: Path, prompt_id:
     run(config)
     assert chain_keys(config) == [(prompt_id, 0)]
     assert rows(config)["chains"][0]["prompt"] == "[/x] so [bold]"
-
-
-# --- the stop signal ---
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_stop_signal_is_remembered_until_it_is_looked_at(number: signal.Signals) -> None:
-    stop = StopSignal()
-    before = signal.getsignal(number)
-    with stop.installed():
-        stop.check()
-        signal.raise_signal(number)
-        with pytest.raises(Stopped, match=number.name):
-            stop.check()
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_does_not_wait() -> None:
-    stop = StopSignal()
-    with stop.installed():
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_schedules_options_reach_it_and_the_baselines_know_none() -> None:

@@ -29,6 +29,7 @@ from specreason_batch.store.schemas import (
     round_row,
 )
 from specreason_batch.types import InvalidInput, Prompt, Role
+from tests.support.commits import Uncontended
 from tests.support.configs import make_config, write_models
 from tests.support.running import Run, run_world
 from tests.support.worlds import PROMPTS, World
@@ -95,6 +96,7 @@ def test_step_spans_and_tokens_slice_the_stored_thinking(run: Run) -> None:
 def writer_at(root: Path, chains_per_part: int = 1000, seconds_per_part: float = 1e9) -> ShardWriter:
     return ShardWriter(
         paths=ShardPaths(root),
+        lease=Uncontended(root),
         chains_schema=CHAINS,
         metadata={"fingerprint": "f00d", "source": "5:abc"},
         chains_per_part=chains_per_part,
@@ -145,7 +147,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, failing_write: Call
     failing_write("x")
     table = pa.table({"a": [1]}).replace_schema_metadata({"kind": "x"})
     with pytest.raises(OSError, match="No space left"):
-        commit_table(table, tmp_path / "part.parquet")
+        commit_table(table, tmp_path / "part.parquet", Uncontended(tmp_path))
     assert _files(tmp_path) == []
 
 
@@ -153,10 +155,11 @@ def test_an_interrupted_write_leaves_the_file_that_was_there(
     tmp_path: Path, failing_write: Callable[[str], None]
 ) -> None:
     table = pa.table({"a": [1]}).replace_schema_metadata({"kind": "x"})
-    commit_table(table, tmp_path / "part.parquet")
+    commit_table(table, tmp_path / "part.parquet", Uncontended(tmp_path))
     failing_write("x")
     with pytest.raises(OSError, match="No space left"):
-        commit_table(pa.table({"a": [2]}).replace_schema_metadata({"kind": "x"}), tmp_path / "part.parquet")
+        other = pa.table({"a": [2]}).replace_schema_metadata({"kind": "x"})
+        commit_table(other, tmp_path / "part.parquet", Uncontended(tmp_path))
     assert pq.read_table(tmp_path / "part.parquet").to_pylist() == [{"a": 1}]
     assert _files(tmp_path) == ["part.parquet"]
 
@@ -175,7 +178,7 @@ def test_a_part_that_failed_half_way_is_no_output_and_the_next_attempt_removes_i
         first.commit()
     assert _ids(tmp_path) == ["a"] and _ids(tmp_path, "steps") == ["a", "a"]
     assert ShardPaths(tmp_path).done_keys() == {("a", 0)}
-    ShardPaths(tmp_path).remove_uncommitted()
+    ShardPaths(tmp_path).remove_uncommitted(Uncontended(tmp_path))
     assert _files(tmp_path) == before
     monkeypatch.undo()
     second = writer_at(tmp_path)
@@ -195,12 +198,12 @@ def test_a_part_whose_commit_failed_is_committed_by_the_next_try(
     monkeypatch.undo()
     writer.commit()
     assert (_ids(tmp_path), _ids(tmp_path, "steps")) == (["a"], ["a", "a"])
-    assert ShardPaths(tmp_path).remove_uncommitted() == 0
+    assert ShardPaths(tmp_path).remove_uncommitted(Uncontended(tmp_path)) == 0
 
 
 def test_chains_are_committed_after_their_steps_and_rejects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(parts_module, "commit_table", lambda table, path: order.append(path.parent.name))
+    monkeypatch.setattr(parts_module, "commit_table", lambda table, path, lease: order.append(path.parent.name))
     writer = writer_at(tmp_path)
     add(writer, "a", reject=True)
     writer.add_round(round_row(RoundStats(1, 0.0)))
@@ -214,14 +217,14 @@ def test_readers_pass_over_steps_without_chains_and_temporary_files(tmp_path: Pa
     add(writer, "a")
     writer.commit()
     orphan = pq.read_table(ShardPaths(shard).committed("steps")[0])
-    commit_table(orphan, shard / "steps" / "part-00001-dead.parquet")
+    commit_table(orphan, shard / "steps" / "part-00001-dead.parquet", Uncontended(shard))
     (shard / "chains" / ".part-00001-dead.parquet.0.tmp").write_bytes(b"PAR1 half")
     found = scan(tmp_path, "steps")
     assert found is not None and found.collect().height == 2
     chains = scan(tmp_path, "chains")
     assert chains is not None and chains.collect()["prompt_id"].to_list() == ["a"]
-    assert ShardPaths(shard).remove_uncommitted() == 2
-    assert all("dead" not in name for name in _files(tmp_path))
+    assert ShardPaths(shard).remove_uncommitted(Uncontended(shard)) == 1
+    assert not list(tmp_path.glob("*/*/part-*dead*"))
 
 
 def test_removing_what_is_uncommitted_touches_no_output(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_removing_what_is_uncommitted_touches_no_output(tmp_path: Path) -> None:
     writer.commit()
     writer.write_input_rejects([Reject(prompt_id="x", sample_index=None, file="f", row=3, reason="r")])
     before = _files(tmp_path)
-    assert ShardPaths(tmp_path).remove_uncommitted() == 0
+    assert ShardPaths(tmp_path).remove_uncommitted(Uncontended(tmp_path)) == 0
     assert _files(tmp_path) == before and len(before) == 5
 
 

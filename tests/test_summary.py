@@ -15,6 +15,7 @@ from specreason_batch.store.parts import ShardPaths, ShardWriter
 from specreason_batch.store.schemas import STEPS, chains_schema, round_row
 from specreason_batch.summary import EngineUse, Summary, summarise, summary_table
 from specreason_batch.types import Phase, Role
+from tests.support.commits import Uncontended
 
 GOLD = chains_schema(pa.schema([]), has_gold_answer=True)
 
@@ -36,7 +37,7 @@ def step(
 def attempt(root: Path, chains: list[dict[str, Any]], steps: list[dict[str, Any]], rounds: list[RoundStats]) -> None:
     """One attempt's committed part."""
     writer = ShardWriter(
-        paths=ShardPaths(root), chains_schema=GOLD, metadata={}, chains_per_part=1000, seconds_per_part=1e9
+        ShardPaths(root), Uncontended(root), GOLD, metadata={}, chains_per_part=1000, seconds_per_part=1e9
     )
     for row in chains:
         writer.add_chain(row, [item for item in steps if item["prompt_id"] == row["prompt_id"]])

@@ -24,9 +24,11 @@ from specreason_batch.answers import is_same_answer
 from specreason_batch.chat import load_chat_format
 from specreason_batch.config import ChatConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import started_engines
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
-from specreason_batch.run import StopSignal, run_plan, started_engines
+from specreason_batch.run import run_plan
+from specreason_batch.signals import StopSignal
 from specreason_batch.store.reading import scan
 from specreason_batch.summary import summarise
 from specreason_batch.types import Completion, Phase, Request, Role

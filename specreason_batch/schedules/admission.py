@@ -112,6 +112,11 @@ class Admission:
         chain, self._next = self._next, None
         return chain
 
+    @property
+    def read_ahead(self) -> list[Chain]:
+        """The chain that was read and waits for room, if there is one."""
+        return [] if self._next is None else [self._next]
+
     def _park(self, walk: Walk) -> None:
         self.leave(walk)
         insort(self.parked, walk, key=lambda other: other.number)

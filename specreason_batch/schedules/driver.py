@@ -9,12 +9,13 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from specreason_batch.chain import Chain, Policy
 from specreason_batch.clock import Clock
-from specreason_batch.engine import Engine, EngineAborted
+from specreason_batch.engine import Engine, EngineAborted, EngineDead
 from specreason_batch.rounds import RoundReport, RoundStats
 from specreason_batch.schedules.admission import Admission
 from specreason_batch.schedules.walk import Walk
@@ -54,7 +55,8 @@ class Driver:
     policy: Policy
     admission: Admission
     check_stop: Callable[[], None] = lambda: None  # raises Stopped
-    stats: RoundStats = field(default_factory=lambda: RoundStats(0, time.time()))
+    first_round: int = 0  # rounds are counted on from here
+    stats: RoundStats = field(init=False)
     clock: Clock = field(init=False)  # the engines'
     _began: float = field(init=False)  # of the round, on the clock
     _tallied: float = field(init=False)  # until when the round's seconds are accounted
@@ -69,6 +71,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.clock = next(iter(self.engines.values())).clock
         assert all(engine.clock is self.clock for engine in self.engines.values()), "one clock for both engines"
+        self.stats = RoundStats(self.first_round, time.time())
         self._began = self._tallied = self.clock.now()
         self._num_outstanding = dict.fromkeys(self.engines, 0)
 
@@ -99,7 +102,8 @@ class Driver:
                 batches[ask.engine].append(request)
         for role, batch in batches.items():
             if batch:
-                self.engines[role].submit(batch)
+                with self._naming(role):
+                    self.engines[role].submit(batch)
                 self._tally()
 
     def num_outstanding(self, role: Role) -> int:
@@ -119,9 +123,10 @@ class Driver:
         self.check_stop()
         self.clock.wait(POLL_SECONDS)
         moved = []
-        for engine in self.engines.values():
+        for role, engine in self.engines.items():
             if engine.num_outstanding:
-                completions = engine.poll(0.0)
+                with self._naming(role):
+                    completions = engine.poll(0.0)
                 self._tally()
                 moved += [walk for completion in completions if (walk := self._receive(completion)) is not None]
         return moved
@@ -131,12 +136,37 @@ class Driver:
         while self._outstanding:
             self.take()
 
-    def abandon(self) -> None:
-        """Forget what is outstanding, so that the engines can be used again."""
+    # --- stopping early ---
+
+    def in_flight(self) -> list[tuple[Chain, int]]:
+        """Chains that a restart would have to go on with, oldest first, and the tokens that each would lose."""
+        walks = [(walk.chain, walk.loose.num_generated_tokens) for walk in self._unfinished]
+        return walks + [(chain, 0) for chain in self.admission.read_ahead]
+
+    def chains_at(self, role: Role) -> list[Chain]:
+        """Chains with a request outstanding at this engine, oldest first."""
+        walks = {item.walk.number: item.walk for item in self._outstanding.values() if item.ask.engine is role}
+        return [walk.chain for _, walk in sorted(walks.items())]
+
+    def abandon(self) -> list[Chain]:
+        """Forget what is outstanding, so that the engines can be used again; the chains to go on with, oldest first.
+
+        A chain begins again after its last step: results that it had not taken up yet are lost, and counted as redone.
+        """
         for role, engine in self.engines.items():
             engine.abort([id for id, item in self._outstanding.items() if item.ask.engine is role])
         self._outstanding.clear()
         self._in_phase.clear()
+        left = self._unfinished
+        for walk in left:
+            walk.coroutine.close()
+            walk.chain.usage.num_redone_tokens += walk.loose.num_generated_tokens
+        return [walk.chain for walk in left] + self.admission.read_ahead
+
+    @property
+    def _unfinished(self) -> list[Walk]:
+        walks = [*self.admission.active, *self.admission.parked]
+        return sorted((walk for walk in walks if not walk.is_over), key=lambda walk: walk.number)
 
     # --- rounds ---
 
@@ -177,6 +207,15 @@ class Driver:
             self.stats.request_seconds[role] = self.stats.request_seconds.get(role, 0.0) + elapsed * count
             self._num_outstanding[role] = self.engines[role].num_outstanding
 
+    @contextmanager
+    def _naming(self, role: Role) -> Iterator[None]:
+        """A death says whose it was: engines know nothing of roles."""
+        try:
+            yield
+        except EngineDead as death:
+            death.role = role
+            raise
+
     # --- walks ---
 
     def _enter(self) -> Iterator[Walk]:
@@ -190,7 +229,8 @@ class Driver:
         chain = self.admission.next_chain()
         if chain is None:
             return None
-        walk = Walk(chain, self.policy(chain), next(self._walk_numbers), self.clock.now())
+        started = self.clock.now() - chain.usage.active_seconds
+        walk = Walk(chain, self.policy(chain), next(self._walk_numbers), started)
         walk.advance()
         return walk
 
@@ -202,7 +242,9 @@ class Driver:
         walk.sent.discard(place)
         self._account(sent, completion)
         if completion.finish_reason is FinishReason.abort:
-            raise EngineAborted(f"the {ask.engine} engine cut request {completion.request_id} short")
+            death = EngineAborted(f"the {ask.engine} engine cut request {completion.request_id} short")
+            death.role = ask.engine
+            raise death
         if walk.is_over:  # given up over another of its asks
             return None
         if completion.finish_reason is FinishReason.refused:
@@ -220,8 +262,10 @@ class Driver:
         num_steps = len(walk.chain.steps)
         walk.advance()
         if walk.is_over:
+            walk.settle()
             self._finished.append(walk.chain)
         if len(walk.chain.steps) > num_steps:
+            walk.settle()
             self.admission.update(walk)
         for step in walk.chain.steps[num_steps:]:
             self.stats.num_accepted += step.accepted is True
@@ -229,12 +273,14 @@ class Driver:
             self.stats.num_unreadable += step.grade is not None and step.grade.score is None
 
     def _account(self, sent: Outstanding, completion: Completion) -> None:
-        request, usage = sent.request, sent.walk.chain.usage
+        request, loose = sent.request, sent.walk.loose
         self.stats.phases[sent.ask.phase].count(request, completion, self._num_recomputed(sent, completion))
         self.admission.observe(len(request.suffix_token_ids) + len(completion.token_ids))
-        usage.num_cached_prompt_tokens += completion.num_cached_tokens
+        loose.num_cached_prompt_tokens += completion.num_cached_tokens
         if isinstance(sent.ask, GradeOf):
-            usage.num_grade_prompt_tokens += request.num_prompt_tokens
+            loose.num_grade_prompt_tokens += request.num_prompt_tokens
+        else:
+            loose.num_generated_tokens += len(completion.token_ids)
 
     def _num_recomputed(self, sent: Outstanding, completion: Completion) -> int:
         """Tokens of the chain that its engine had computed before, in whole blocks, and did not find in its cache."""

@@ -7,6 +7,15 @@ from specreason_batch.chain import Chain
 from specreason_batch.types import Ask, Coroutine, Phase, Result, Role
 
 
+@dataclass(slots=True)
+class Loose:
+    """What a walk's requests took since its chain last grew. Lost with the walk: a restart begins at the last step."""
+
+    num_grade_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Walk:
     """A chain, its coroutine, and the asks that the coroutine waits for."""
@@ -20,6 +29,7 @@ class Walk:
     sent: set[int] = field(default_factory=set)  # places of the asks whose requests are on their way
     needs: dict[Role, int] = field(default_factory=dict)  # tokens of each KV cache, while active
     known: dict[Role, int] = field(default_factory=dict)  # tokens of its chain that each engine has computed
+    loose: Loose = field(default_factory=Loose)
     is_active: bool = False  # neither parked nor over
     asks_tuple: bool = False  # the policy yielded a tuple, and is sent one
 
@@ -57,7 +67,15 @@ class Walk:
         self.asks_tuple = isinstance(asked, tuple)
         self.asks = asked if isinstance(asked, tuple) else (asked,)
 
+    def settle(self) -> None:
+        """The chain has grown or ended: what that took is the chain's from here on."""
+        usage, loose = self.chain.usage, self.loose
+        usage.num_grade_prompt_tokens += loose.num_grade_prompt_tokens
+        usage.num_cached_prompt_tokens += loose.num_cached_prompt_tokens
+        self.loose = Loose()
+
     def give_up(self, why: str) -> None:
+        self.settle()
         self.coroutine.close()
         self.chain.give_up(why)
         self.asks, self.results = (), {}

@@ -5,18 +5,27 @@ and closed with how the attempt ended: lease, heartbeat and record in one. Nothi
 an owner is dead when its count of signs of life stood still for `stale_seconds` of the observer's own monotonic time.
 
 Safety does not rest on time. Everything that is committed is written in the attempt's own staging folder and renamed
-from there, and a new owner first takes all other staging folders away (`fence`). A former owner that was only
-suspended then finds nothing to rename: it cannot commit, whatever it believes.
+from there, and a new owner first takes the earlier attempts' staging folders away (`fence`). A former owner that was
+only suspended then finds nothing to rename: it cannot commit, whatever it believes. Nor can it remove anything, for a
+file to be removed is first renamed into that folder.
+
+The order of an attempt's first acts matters, for it may be suspended between any two: its staging folder is made
+before its file, so whoever outlives the file finds the folder; and its fence spares later attempts' folders, which
+may be there by the time that it wakes up. Caches of network file systems cost nothing but a message: with a stale
+listing, the exclusive create of a number that is taken fails; a folder is fenced by name, after this process has
+itself changed the folder around it, which makes its client read the listing again.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -26,7 +35,10 @@ from typing import Any
 from specreason_batch.config import LeaseConfig
 
 _FOLDER = "attempts"
-_MAX_FENCE_TRIES = 50
+_STAGING = ".staging-"
+_FENCED = ".fenced-"
+_FENCE_SECONDS = 90.0  # until a folder must be empty: longer than network file systems cache a listing
+_GONE = (errno.ENOENT, errno.ESTALE)
 
 
 class LeaseHeld(Exception):
@@ -62,11 +74,12 @@ class Owner:
     @classmethod
     def current(cls) -> "Owner":
         job, array, task = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
+        machine = _machine()
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            machine=_machine(),
-            born=_birth(os.getpid()) or "",
+            machine=machine,
+            born=(_birth(os.getpid()) or "") if machine else "",
             slurm_job=f"{array}_{task}" if array else job,
             slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
@@ -74,7 +87,12 @@ class Owner:
     @property
     def is_surely_dead(self) -> bool:
         """Whether it ran on this very machine and is gone. Of other machines nothing is sure."""
-        return bool(self.machine) and self.machine == _machine() and _birth(self.pid) != self.born
+        if not self.machine or self.machine != _machine():
+            return False
+        try:
+            return _birth(self.pid) != self.born
+        except PermissionError:  # somebody else's, hidden from us
+            return False
 
     def __str__(self) -> str:
         job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
@@ -113,6 +131,11 @@ class Attempt:
     beat_at: float  # of the last one, like started_at
     progress: ShardProgress = field(default_factory=ShardProgress)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, or is known to. False of an owner on another machine that was killed."""
+        return self.state is not AttemptState.running or self.owner.is_surely_dead
+
     @classmethod
     def read(cls, path: Path) -> "Attempt | None":
         """None if the file is gone, or not (yet) whole."""
@@ -120,7 +143,7 @@ class Attempt:
             values: dict[str, Any] = json.loads(path.read_text())
             owner, progress = Owner(**values.pop("owner")), ShardProgress(**values.pop("progress"))
             return cls(owner=owner, progress=progress, state=AttemptState(values.pop("state")), **values)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
@@ -130,8 +153,8 @@ def _file(root: Path, number: int) -> Path:
 
 def attempt_files(root: Path) -> dict[int, Path]:
     """A shard's attempt files by number, in order."""
-    paths = (root / _FOLDER).glob("attempt-*.json")
-    return dict(sorted((int(path.stem.split("-")[1]), path) for path in paths))
+    paths = [path for path in (root / _FOLDER).glob("attempt-*.json") if re.fullmatch(r"attempt-\d+", path.stem)]
+    return dict(sorted((_number(path), path) for path in paths))
 
 
 def read_attempts(root: Path) -> list[Attempt]:
@@ -144,6 +167,7 @@ class Lease:
 
     def __init__(self, root: Path, attempt: Attempt, config: LeaseConfig):
         self.root = root
+        self.staging = root / f"{_STAGING}{attempt.number:05d}-{uuid.uuid4().hex[:8]}"
         self._attempt = attempt
         self._config = config
         self._lock = threading.Lock()
@@ -173,26 +197,20 @@ class Lease:
         if last:
             _outlive(earlier[last], config, wait, say)
         now = time.time()
-        attempt = Attempt(number=last + 1, owner=Owner.current(), started_at=now, beat_at=now)
-        _create(_file(root, attempt.number), attempt)
-        lease = cls(root, attempt, config)
-        lease.staging.mkdir()
-        fence(root, keep=lease.staging)
-        lease._thread.start()
+        lease = cls(root, Attempt(number=last + 1, owner=Owner.current(), started_at=now, beat_at=now), config)
+        lease._begin()
         return lease
 
     @property
     def number(self) -> int:
         return self._attempt.number
 
-    @property
-    def staging(self) -> Path:
-        """Where this attempt writes what it is going to commit; gone once somebody has taken over."""
-        return self.root / f".staging-{self.number:05d}"
-
     def check(self) -> None:
-        """Raises LeaseLost if the shard was taken over, OSError if signs of life could not be written for long."""
-        if self._lost or not self.staging.is_dir():
+        """Raises LeaseLost if the shard was taken over, OSError if its folder is gone.
+
+        OSError also if signs of life could not be written for `stale_seconds`.
+        """
+        if self._lost or self._is_fenced():
             self._raise_lost()
         if self._failure is not None and time.monotonic() - self._last_beat > self._config.stale_seconds:
             raise self._failure
@@ -200,12 +218,34 @@ class Lease:
     def commit(self, staged: Path, path: Path) -> None:
         """Rename a file (or folder) of the staging folder into place. Raises LeaseLost, OSError."""
         assert staged.parent == self.staging
+        if self._lost:
+            self._raise_lost()
         try:
             os.replace(staged, path)
-        except FileNotFoundError:
-            if not self.staging.is_dir() and self.root.is_dir():
+        except OSError:
+            if self._is_fenced():
                 self._raise_lost()
             raise
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder of the shard, if it is there. Raises LeaseLost, OSError.
+
+        By way of the staging folder: a former owner must not remove what its successor has just committed either.
+        """
+        trash = self.staging / f"removed-{uuid.uuid4().hex}"
+        if self._lost:
+            self._raise_lost()
+        try:
+            os.replace(path, trash)
+        except OSError as error:
+            if self._is_fenced():
+                self._raise_lost()
+            if not isinstance(error, FileNotFoundError):
+                raise
+        if trash.is_dir():
+            shutil.rmtree(trash)
+        else:
+            trash.unlink(missing_ok=True)
 
     def report(self, progress: ShardProgress) -> None:
         """What the next sign of life says of the work."""
@@ -218,8 +258,35 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
         with suppress(OSError):
+            self._lost = self._lost or self._is_fenced()
             shutil.rmtree(self.staging, ignore_errors=True)
             self._beat(state=AttemptState.lost if self._lost else state, error=error)
+
+    def _begin(self) -> None:
+        """Raises LeaseHeld, OSError."""
+        self.staging.mkdir()
+        try:
+            _create(_file(self.root, self.number), self._attempt)
+        except BaseException:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise
+        self._thread.start()
+        try:
+            fence(self.root, keep=self.staging)
+        except OSError as error:
+            self.end(AttemptState.failed, str(error))
+            raise
+
+    def _is_fenced(self) -> bool:
+        """Whether the staging folder is gone. Raises OSError if the shard's folder is gone with it, or unreachable."""
+        try:
+            self.staging.stat()
+            return False
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        self.root.stat()
+        return True
 
     def _raise_lost(self) -> None:
         self._lost = True
@@ -241,7 +308,7 @@ class Lease:
             self._attempt = replace(self._attempt, beat=self._attempt.beat + 1, beat_at=time.time(), **changes)
             attempt = self._attempt
         path = _file(self.root, self.number)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary = path.with_name(f".{path.stem}.new")  # one name: what kills leave behind stays bounded
         try:
             temporary.write_text(json.dumps(asdict(attempt), indent=1))
             os.replace(temporary, path)
@@ -252,53 +319,80 @@ class Lease:
 def _outlive(path: Path, config: LeaseConfig, wait: Callable[[float], None], say: Callable[[str], None]) -> None:
     """Return once this attempt is over or its owner dead. Raises LeaseHeld if it lives."""
     began = time.monotonic()
-    first = Attempt.read(path)
-    while True:
-        attempt = Attempt.read(path)
-        if attempt is not None and (attempt.state is not AttemptState.running or attempt.owner.is_surely_dead):
-            return
-        if attempt is not None and first is not None and attempt.beat != first.beat:
-            raise LeaseHeld(f"{attempt.owner} works on it (attempt {attempt.number})")
+    first = attempt = Attempt.read(path)
+    if attempt is None or not attempt.is_over:
+        owner = attempt.owner if attempt else "an attempt that left no name"
+        say(f"it is {owner}'s; waiting up to {config.stale_seconds:.0f} s for a sign of life")
+    while attempt is None or not attempt.is_over:
         first = first or attempt
+        if attempt and first and attempt.beat != first.beat:
+            raise LeaseHeld(f"{attempt.owner} works on it (attempt {attempt.number})")
         left = config.stale_seconds - (time.monotonic() - began)
         if left <= 0:
             return
-        if time.monotonic() - began < config.beat_seconds / 10:
-            owner = attempt.owner if attempt else "an attempt that left no name"
-            say(f"it is {owner}'s; waiting up to {left:.0f} s for a sign of life")
         wait(min(left, config.beat_seconds / 4))
+        attempt = Attempt.read(path)
 
 
 def _create(path: Path, attempt: Attempt) -> None:
-    """Make the file if nobody else has. Raises LeaseHeld if somebody has."""
+    """Make the file if nobody else has. Raises LeaseHeld if somebody has, OSError."""
     try:
-        with path.open("x") as file:
-            file.write(json.dumps(asdict(attempt), indent=1))
+        file = path.open("x")
     except FileExistsError:
         other = Attempt.read(path)
         raise LeaseHeld(f"{other.owner if other else 'another process'} was faster") from None
+    try:
+        with file:
+            file.write(json.dumps(asdict(attempt), indent=1))
+    except OSError:  # a full disk: an empty file would keep others waiting for nobody
+        path.unlink(missing_ok=True)
+        raise
 
 
 def fence(root: Path, keep: Path | None = None) -> None:
-    """Take every other attempt's staging folder away: what is in there can never be committed.
+    """Take other attempts' staging folders away: what is in there can never be committed.
 
-    The folder is first renamed, for processes on this machine, then emptied and removed, for those that hold it open
-    elsewhere.
+    Those of attempts later than that of `keep` stay: theirs is the shard. None: all go. The folder is first renamed,
+    so that its paths lead nowhere, then emptied and removed, which ends the renames that were under way and those of
+    machines that hold the folder by its handle. Raises OSError if a folder does not stay empty.
     """
-    for folder in _staging_folders(root):
-        if folder == keep:
-            continue
-        fenced = root / f".fenced-{uuid.uuid4().hex}"
-        with suppress(FileNotFoundError):  # another new owner was faster
-            folder.rename(fenced)
-            for _ in range(_MAX_FENCE_TRIES):
-                shutil.rmtree(fenced, ignore_errors=True)
-                if not fenced.exists():
-                    break
+    for folder in root.glob(f"{_STAGING}*"):
+        if keep is None or (folder != keep and _number(folder) <= _number(keep)):
+            fenced = folder.with_name(folder.name.replace(_STAGING, _FENCED))
+            with suppress(FileNotFoundError):  # another new owner was faster: see to it that it is gone all the same
+                folder.rename(fenced)
+            _remove(fenced)
+    for folder in root.glob(f"{_FENCED}*"):
+        _remove(folder)
 
 
-def _staging_folders(root: Path) -> Iterator[Path]:
-    yield from sorted([*root.glob(".staging-*"), *root.glob(".fenced-*")])
+def _remove(folder: Path) -> None:
+    """Raises OSError if somebody puts files into the folder again and again."""
+    began, pause = time.monotonic(), 0.001
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not _holds_anything(folder):
+            return
+        if time.monotonic() - began > _FENCE_SECONDS:
+            raise OSError(errno.ENOTEMPTY, "cannot be emptied, does a former owner still write there?", str(folder))
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is something to rename. Files that NFS keeps for a process of this machine have no name of theirs.
+
+    True for the empty folder too: files can still be made in it.
+    """
+    if not folder.exists():
+        return False
+    names = [name for _, _, files in os.walk(folder) for name in files]
+    return not names or any(not name.startswith(".nfs") for name in names)
+
+
+def _number(path: Path) -> int:
+    """Of an attempt, by the name of its file or staging folder."""
+    return int(path.stem.split("-")[1])
 
 
 def _machine() -> str:
@@ -311,9 +405,15 @@ def _machine() -> str:
 
 
 def _birth(pid: int) -> str | None:
-    """When the process started, in its machine's own units; None if there is none."""
+    """When the process started, in its machine's own units; None if there is none.
+
+    Raises PermissionError if there is one that may not be looked at (/proc mounted with hidepid).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
+        with suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            raise PermissionError(errno.EACCES, "is hidden", f"/proc/{pid}") from None
         return None
     return None if fields[0] in ("Z", "X") else fields[19]

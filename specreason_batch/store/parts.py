@@ -2,6 +2,8 @@
 
 A part's steps (and rejects) are committed before its chains, under one part id. The committed chains file is the only
 marker that its chains are done; a steps file without it is not output, and the next attempt removes it.
+
+Every file is written in the attempt's staging folder, flushed to disk, and renamed from there (store/attempts.py).
 """
 
 import os
@@ -9,7 +11,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,19 +23,48 @@ from specreason_batch.types import InvalidInput
 ChainKey = tuple[str, int]
 
 
-def commit_table(table: pa.Table, path: Path) -> None:
-    """Write under a unique temporary name in the same folder, flush to disk, rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+class Commit(Protocol):
+    """The right to put files in place: a lease."""
+
+    @property
+    def staging(self) -> Path:
+        """A folder on the same file system, this process's own."""
+        ...
+
+    def check(self) -> None:
+        """Raises LeaseLost where the right was lost."""
+        ...
+
+    def commit(self, staged: Path, path: Path) -> None:
+        """Rename a file or folder of the staging folder. Raises LeaseLost where the right was lost, OSError."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder, if it is there. Raises LeaseLost where the right was lost, OSError."""
+        ...
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file and flush it to disk."""
+    with path.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit_table(table: pa.Table, path: Path, commit: Commit) -> None:
+    """Whole or not at all. Raises OSError, and what `commit` raises."""
+    commit.check()
+    staged = commit.staging / f"{path.parent.name}-{path.name}"
+    path.parent.mkdir(exist_ok=True)
     try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        write_table(table, staged)
+        commit.commit(staged, path)
+    except OSError:
+        commit.check()  # it may be that the staging folder was taken away
         raise
+    finally:
+        staged.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -63,13 +94,12 @@ class ShardPaths:
         """This kind's files that count as output: those whose chains file is there."""
         return [self.file(kind, part) for part in self.parts("chains") if self.file(kind, part).is_file()]
 
-    def remove_uncommitted(self) -> int:
-        """Remove what an interrupted attempt left: steps and rejects without chains, temporary files."""
+    def remove_uncommitted(self, commit: Commit) -> int:
+        """Remove what an interrupted attempt left: steps and rejects without chains."""
         done = set(self.parts("chains"))
         left = [self.file(kind, part) for kind in ("steps", "rejects") for part in self.parts(kind) if part not in done]
-        left += list(self.root.glob("*/.*.tmp"))
         for path in left:
-            path.unlink()
+            commit.remove(path)
         return len(left)
 
     def done_keys(self) -> set[ChainKey]:
@@ -79,6 +109,13 @@ class ShardPaths:
             table = pq.read_table(path, columns=["prompt_id", "sample_index"])
             keys.update(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
         return keys
+
+    def last_round(self) -> int:
+        """The number of the last committed round; 0 if there is none."""
+        parts = self.parts("rounds")
+        return (
+            max(pq.read_table(self.file("rounds", parts[-1]), columns=["round"])["round"].to_pylist()) if parts else 0
+        )
 
     def source_identities(self) -> set[str]:
         """The input identities that the committed parts were made from."""
@@ -91,6 +128,7 @@ class ShardWriter:
     """Collects finished chains and commits them as parts."""
 
     paths: ShardPaths
+    lease: Commit
     chains_schema: pa.Schema
     metadata: dict[str, str]  # put into every file: fingerprint, source ...
     chains_per_part: int
@@ -111,11 +149,18 @@ class ShardWriter:
     def add_round(self, row: dict[str, Any]) -> None:
         self._rounds.append(row)
 
-    def commit_if_due(self) -> None:
-        """Close the part at its size or its age."""
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """Telemetry that is not committed yet."""
+        return self._rounds
+
+    def commit_if_due(self) -> bool:
+        """Close the part at its size or its age; whether it was."""
         old = time.monotonic() - self._opened >= self.seconds_per_part
-        if len(self._chains) >= self.chains_per_part or (old and self._chains):
+        is_due = len(self._chains) >= self.chains_per_part or (old and bool(self._chains))
+        if is_due:
             self.commit()
+        return is_due
 
     def commit(self) -> None:
         """Close the part: rejects and steps first, the chains last; telemetry beside them."""
@@ -135,8 +180,8 @@ class ShardWriter:
         path = self.paths.file("rejects", "input")
         if rejects:
             self._write("rejects", "input", [reject.as_row() for reject in rejects], REJECTS)
-        else:
-            path.unlink(missing_ok=True)
+        elif path.exists():
+            self.lease.remove(path)
 
     def _next_number(self) -> int:
         numbers = [int(part.split("-")[1]) for kind in ("chains", "rounds") for part in self.paths.parts(kind)]
@@ -145,7 +190,7 @@ class ShardWriter:
     def _write(self, kind: str, part: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
         metadata = self.metadata | {"schema_version": SCHEMA_VERSION, "kind": kind}
         table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
-        commit_table(table, self.paths.file(kind, part))
+        commit_table(table, self.paths.file(kind, part), self.lease)
 
 
 def check_source(paths: ShardPaths, identity: str) -> None:

@@ -1,7 +1,8 @@
 """`jobs.generate` as a process of its own, but for its engines: `python -m tests.support.scripted_job OVERRIDE...`.
 
 Everything from the composed configuration to the exit status is the real job's. The engines answer from a scripted
-world; SCRIPTED_PACE is the seconds that a poll of theirs takes.
+world; SCRIPTED_PACE is the seconds that a poll of theirs takes, SCRIPTED_LOG a file that gets a byte a written step,
+SCRIPTED_SLICE the seconds between the reports of schedules without rounds.
 """
 
 import os
@@ -18,7 +19,9 @@ from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engine import Engine
+from specreason_batch.engines import Engines
 from specreason_batch.progress import Progress
+from specreason_batch.schedules import gates
 from specreason_batch.scripted_engine import ScriptedEngine
 from specreason_batch.types import Completion, Role
 from tests.support.worlds import World
@@ -42,28 +45,36 @@ def overrides(folder: Path) -> list[str]:
 
 
 class PacedEngine(ScriptedEngine):
-    """A scripted engine whose polls take time."""
-
-    pace = float(os.environ.get("SCRIPTED_PACE", "0"))  # seconds
+    """A scripted engine whose polls take time, and that counts what it wrote."""
 
     def poll(self, timeout: float) -> list[Completion]:
-        time.sleep(self.pace)
-        return super().poll(timeout)
+        time.sleep(float(os.environ.get("SCRIPTED_PACE", "0")))
+        completions = super().poll(timeout)
+        if log := os.environ.get("SCRIPTED_LOG"):
+            written = sum(1 for completion in completions if not completion.logprobs)
+            with Path(log).open("a") as file:
+                file.write("w" * written)
+        return completions
 
 
 @contextmanager
 def scripted_engines(
     config: GenerateConfig, roles: frozenset[Role], progress: Progress, clock: Clock | None = None
-) -> Iterator[dict[Role, Engine]]:
+) -> Iterator[Engines]:
     """In place of `started_engines`."""
     clock = clock or WallClock()
-    yield {
-        role: PacedEngine(WORLD.model(role), config.engine(role).max_model_len, order_seed=index, clock=clock)
-        for index, role in enumerate(sorted(roles))
-    }
+
+    def build(role: Role) -> Engine:
+        seed = sorted(Role).index(role)
+        return PacedEngine(WORLD.model(role), config.engine(role).max_model_len, order_seed=seed, clock=clock)
+
+    engines = Engines(sorted(roles), build)
+    engines.start()
+    yield engines
 
 
 def main() -> None:
+    gates.SLICE_SECONDS = float(os.environ.get("SCRIPTED_SLICE", gates.SLICE_SECONDS))
     register_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("generate", sys.argv[1:])

@@ -1,0 +1,111 @@
+"""The engines of a run: started one after the other, and built again when one has died."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from specreason_batch.clock import Clock, WallClock
+from specreason_batch.config import EngineConfig, GenerateConfig
+from specreason_batch.engine import Engine, EngineDead
+from specreason_batch.progress import Progress
+from specreason_batch.types import Role
+
+
+class Engines(Mapping[Role, Engine]):
+    """One engine a role. `build` makes one; without it they cannot be rebuilt.
+
+    `together`: engines that share this process cannot outlive each other, so all are built again if one dies.
+    """
+
+    def __init__(
+        self, roles: Iterable[Role], build: Callable[[Role], Engine] | None = None, together: bool = False
+    ) -> None:
+        self._engines: dict[Role, Engine] = {}
+        self._build = build
+        self._together = together
+        self._roles = tuple(roles)
+
+    @classmethod
+    def given(cls, engines: Mapping[Role, Engine]) -> "Engines":
+        """Somebody else's."""
+        made = cls(engines)
+        made._engines = dict(engines)
+        return made
+
+    def start(self) -> None:
+        """Build what is not there: one after the other, for together they mis-measure each other's memory.
+
+        Raises InvalidInput, EngineDead, BadNode.
+        """
+        for role in self._roles:
+            if role not in self._engines:
+                assert self._build is not None
+                self._engines[role] = self._build(role)
+
+    def rebuild(self, death: EngineDead) -> None:
+        """Put another in place of the engine that died. Raises `death` where nobody knows how; what `start` raises."""
+        if self._build is None or death.role is None:
+            raise death
+        for role in list(self._engines) if self._together else [death.role]:
+            if role in self._engines:
+                self._engines.pop(role).close()
+        self.start()
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+    def __getitem__(self, role: Role) -> Engine:
+        return self._engines[role]
+
+    def __iter__(self) -> Iterator[Role]:
+        return iter(self._engines)
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+
+@contextmanager
+def started_engines(
+    config: GenerateConfig, roles: frozenset[Role], progress: Progress, clock: Clock | None = None
+) -> Iterator[Engines]:
+    """The engines of these roles on vLLM.
+
+    Both ring this clock (by default one of their own). Where two CPU engines have processes of their own, those
+    whose `cpu_cores` is null share out the cores that this process may use and the other does not, the base getting the
+    bigger half. Elsewhere null leaves it to vLLM.
+    """
+    from specreason_batch.vllm_engine import VllmEngine, check_platform
+
+    clock = clock or WallClock()
+    settings = {role: config.engine(role) for role in (Role.base, Role.draft) if role in roles}
+    for engine_config in settings.values():
+        check_platform(engine_config, config.log.vllm_level)
+    settings = _with_cores(settings)
+
+    def build(role: Role) -> Engine:
+        with progress.stage(f"loading {role}: {settings[role].model}"):
+            return VllmEngine(settings[role], log_level=config.log.vllm_level, clock=clock)
+
+    engines = Engines(settings, build, together=any(engine.in_process for engine in settings.values()))
+    try:
+        engines.start()
+        yield engines
+    finally:
+        engines.close()
+
+
+def _with_cores(settings: dict[Role, EngineConfig]) -> dict[Role, EngineConfig]:
+    """The same, with cores for engines that leave them open while another engine works beside them."""
+    from specreason_batch.vllm_engine import shared_out_cores
+
+    open_roles = [role for role, engine in settings.items() if engine.cpu_cores is None]
+    if len(settings) < 2 or not open_roles or any(engine.in_process for engine in settings.values()):
+        return settings
+    taken = {core for engine in settings.values() for core in engine.cpu_cores or ()}
+    shares = shared_out_cores(len(open_roles), taken)
+    if shares is None:
+        return settings
+    given = {role: replace(settings[role], cpu_cores=cores) for role, cores in zip(open_roles, shares, strict=True)}
+    too_few = any(len(engine.cpu_cores or ()) < engine.tensor_parallel_size for engine in given.values())
+    return settings if too_few else settings | given
