@@ -26,13 +26,15 @@ StartEngines = Callable[[GenerateConfig, frozenset[Role], Progress], AbstractCon
 def generate(config: GenerateConfig, console: Console, start_engines: StartEngines = started_engines) -> None:
     """The whole job. Raises what `run_shards` does."""
     progress = Progress(console, config.log.seconds)
-    plan = make_plan(config)
-    progress.introduce(plan)
-    if not plan.pending:
-        progress.say("nothing to do: every chain is committed")
     stop = StopSignal(config.recovery.stop_seconds)
-    with stop.installed(), progress.running():
-        run_shards(plan, lambda: start_engines(config, plan.policy_spec.roles, progress), progress, stop)
+    with stop.installed():
+        with stop.at_once():
+            plan = make_plan(config)
+            progress.introduce(plan)
+        if not plan.pending:
+            progress.say("nothing to do: every chain is committed")
+        with progress.running():
+            run_shards(plan, lambda: start_engines(config, plan.policy_spec.roles, progress), progress, stop)
     summary = summarise(Path(config.output_dir))
     if summary is not None:
         console.print(summary_table(summary, f"{config.output_dir} ({config.policy.name})"))

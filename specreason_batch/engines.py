@@ -1,11 +1,12 @@
 """The engines of a run: started one after the other, and built again when one has died."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import EngineConfig, GenerateConfig
+from specreason_batch.devices import DeviceWatch
 from specreason_batch.engine import Engine, EngineDead
 from specreason_batch.progress import Progress
 from specreason_batch.types import Role
@@ -15,14 +16,20 @@ class Engines(Mapping[Role, Engine]):
     """One engine a role. `build` makes one; without it they cannot be rebuilt.
 
     `together`: engines that share this process cannot outlive each other, so all are built again if one dies.
+    `inspect`: looks at the machine before engines of these roles are built again; raises BadNode.
     """
 
     def __init__(
-        self, roles: Iterable[Role], build: Callable[[Role], Engine] | None = None, together: bool = False
+        self,
+        roles: Iterable[Role],
+        build: Callable[[Role], Engine] | None = None,
+        together: bool = False,
+        inspect: Callable[[Collection[Role]], None] = lambda roles: None,
     ) -> None:
         self._engines: dict[Role, Engine] = {}
         self._build = build
         self._together = together
+        self._inspect = inspect
         self._roles = tuple(roles)
 
     @classmethod
@@ -49,6 +56,7 @@ class Engines(Mapping[Role, Engine]):
         for role in list(self._engines) if self._together else [death.role]:
             if role in self._engines:
                 self._engines.pop(role).close()
+        self._inspect([role for role in self._roles if role not in self._engines])
         self.start()
 
     def close(self) -> None:
@@ -75,7 +83,7 @@ def started_engines(
     whose `cpu_cores` is null share out the cores that this process may use and the other does not, the base getting the
     bigger half. Elsewhere null leaves it to vLLM.
     """
-    from specreason_batch.vllm_engine import VllmEngine, check_platform
+    from specreason_batch.vllm_engine import VllmEngine, check_platform, gpu_library
 
     clock = clock or WallClock()
     settings = {role: config.engine(role) for role in (Role.base, Role.draft) if role in roles}
@@ -87,12 +95,19 @@ def started_engines(
         with progress.stage(f"loading {role}: {settings[role].model}"):
             return VllmEngine(settings[role], log_level=config.log.vllm_level, clock=clock)
 
-    engines = Engines(settings, build, together=any(engine.in_process for engine in settings.values()))
+    def inspect(roles: Collection[Role]) -> None:
+        watch.check_after_death()
+        watch.check_before(roles)
+
+    watch = DeviceWatch(config, roles, gpu_library())
+    engines = Engines(settings, build, any(engine.in_process for engine in settings.values()), inspect)
     try:
+        watch.check_before()
         engines.start()
         yield engines
     finally:
         engines.close()
+        watch.close()
 
 
 def _with_cores(settings: dict[Role, EngineConfig]) -> dict[Role, EngineConfig]:

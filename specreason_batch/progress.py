@@ -156,15 +156,20 @@ class Progress:
 
     # --- during the run ---
 
-    def shard(self, shard: ShardPlan, begun: Collection[Chain] = (), num_redone_tokens: int = 0) -> None:
-        """What is found of it: `begun` chains from a checkpoint, tokens that were generated after it and are lost."""
-        self._left = shard.num_chains - shard.num_done
-        if not shard.num_done and not begun:
+    def shard(
+        self, shard: ShardPlan, begun: Collection[Chain] = (), num_finished: int = 0, num_redone_tokens: int = 0
+    ) -> None:
+        """What is found of it: `begun` chains and `num_finished` ones in a checkpoint, and tokens that are lost."""
+        num_done = shard.num_done + num_finished
+        self._left = shard.num_chains - num_done
+        if self._plan is not None:
+            self._done = self._plan.num_done + num_finished
+        if not num_done and not begun:
             self._print(f"shard {shard.shard.name}: {self._left:,} chains to go")
             return
         steps = sum(len(chain.steps) for chain in begun) / max(1, len(begun))
         self._print(
-            f"shard {shard.shard.name}: resumed: {shard.num_done:,} done, {len(begun):,} in flight at {steps:.1f} "
+            f"shard {shard.shard.name}: resumed: {num_done:,} done, {len(begun):,} in flight at {steps:.1f} "
             f"steps, {self._left - len(begun):,} to go"
         )
         if num_redone_tokens:

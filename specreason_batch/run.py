@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
+from specreason_batch.devices import run_node_check
 from specreason_batch.engine import BadNode, Engine
 from specreason_batch.engines import Engines
 from specreason_batch.ledger import Ledger
@@ -77,6 +78,7 @@ def run_shards(
                     continue
                 if engines is None:
                     with stop.at_once():
+                        run_node_check(plan.config.recovery.node_check)
                         engines = stack.enter_context(start_engines())
                         if not probed:
                             probe_engines(plan, engines, progress)
@@ -97,7 +99,7 @@ def _claim(plan: Plan, shard: ShardPlan, progress: Progress, stop: StopSignal) -
 
 def _run_shard(plan: Plan, claim: Claim, engines: Engines, progress: Progress, stop: StopSignal) -> None:
     ledger = Ledger.open(plan, claim.shard, claim.lease, progress.warn)
-    progress.shard(claim.shard, ledger.waiting, ledger.progress.num_redone_tokens)
+    progress.shard(claim.shard, ledger.waiting, len(ledger.finished), ledger.progress.num_redone_tokens)
     ShardRun(plan, ledger, engines, progress, stop, lambda: probe_engines(plan, engines, progress)).to_end()
 
 

@@ -114,6 +114,7 @@ class StopSignal:
 
 def _leave(message: str, status: int) -> None:
     """End the process, whatever its other threads are at. Engines' processes die with it (engine_child)."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a live display has hidden it
     with suppress(OSError):
-        os.write(2, f"\n{message}\n".encode())
+        os.write(2, f"{show_cursor}\n{message}\n".encode())
     os._exit(status)

@@ -5,19 +5,23 @@ Does not know: roles, steps, grades, chains.
 """
 
 import copy
+import gc
 import logging
 import os
+import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import EngineConfig
-from specreason_batch.engine import EngineDead, EngineInfo
+from specreason_batch.engine import DeathCause, EngineDead, EngineInfo
+from specreason_batch.engine_processes import EngineProcesses, Failure
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Sampling
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -26,6 +30,7 @@ CPU_KV_GIB = 4  # default KV cache of a CPU engine
 CPU_BLOCK_SIZE = 32  # the least that vLLM's CPU attention takes; short blocks mean short re-prefills
 MAX_SEED = 1 << 63
 SPECULATIVE_LOGPROBS = 20  # what to ask for where logprob_token_ids does not work
+CLOSE_SECONDS = 3.0  # that a living engine's processes get to end by themselves
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -36,14 +41,16 @@ class VllmEngine:
     work left; others work in a process of their own, and ring when it has put something out or has died.
     """
 
+    _in_process: ClassVar[weakref.WeakSet["VllmEngine"]] = weakref.WeakSet()  # those that live
+
     def __init__(self, config: EngineConfig, log_level: str = "ERROR", clock: Clock | None = None):
-        """Load the model. Without a clock it rings one that nobody hears.
+        """Load the model. Without a clock it rings one that nobody hears. Processes of its own end with this thread.
 
         Raises InvalidInput where vLLM does not take the configuration, EngineDead where it dies while starting.
+        Whatever is raised, by a signal handler too, its processes are gone.
         """
         check_platform(config, log_level)
         _set_environment(config)
-        from vllm import LLM
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -52,23 +59,26 @@ class VllmEngine:
         self._speculative = bool(config.vllm_args.get("speculative_config"))
         self._timeout = config.engine_timeout_seconds
         self.clock = clock or WallClock()
+        self._processes = None if config.in_process else EngineProcesses()
         try:
-            with _bound_to(config.cpu_cores, config.tensor_parallel_size):
-                self._llm: Any = LLM(**llm_arguments(config))
-        except (TypeError, ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
-            raise InvalidInput(f"vLLM does not take model {config.model!r} as configured: {error}") from error
-        except RuntimeError as error:
-            raise EngineDead(f"the engine for {config.model!r} died while starting: {error}") from error
+            self._llm: Any = self._start(config)
+        except BaseException:
+            _end(self._processes)
+            raise
+        self._last_resort = weakref.finalize(self, _end, self._processes)  # at exit too, if nobody has closed it
         self._engine: Any = self._llm.llm_engine
         self._outputs_queue: Any = getattr(self._engine.engine_core, "outputs_queue", None)  # None: in-process
         assert (self._outputs_queue is None) == config.in_process
         if self._outputs_queue is not None:
             _ring_after(self._outputs_queue, "put_nowait", self.clock)
             _ring_after(self._engine.engine_core, "shutdown", self.clock)  # vLLM's monitor calls it at a sudden death
+        else:
+            self._in_process.add(self)
         self._templates: dict[Sampling, Any] = {}
         self._outstanding: set[str] = set()
         self._refused: list[Completion] = []
         self._last_sign_of_life = time.monotonic()
+        self._lost = False  # its processes cannot be asked to end
         self._closed = False
         self.info = _read_info(self._engine, config)
 
@@ -95,16 +105,66 @@ class VllmEngine:
         known = self._outstanding.intersection(request_ids)
         self._outstanding -= known
         if known:
-            self._engine.abort_request(list(known))
+            with suppress(*self._deaths):  # a dead engine has forgotten them
+                self._engine.abort_request(list(known))
 
     def close(self) -> None:
-        """Let the engine go before the interpreter does: at exit it would take seconds and print alarm."""
+        """Let the engine go before the interpreter does: at exit it would take seconds and print alarm.
+
+        Takes under CLOSE_SECONDS + engine_processes.KILL_SECONDS, whatever state the engine is in.
+        """
         if self._closed:
             return
         self._closed = True
         self._outstanding.clear()
-        self._engine.engine_core.shutdown()
-        del self._llm, self._engine
+        try:
+            if self._processes is None:
+                self._close_in_process()
+            else:
+                self._close_processes(self._processes)
+        finally:
+            self._last_resort()
+            del self._llm, self._engine
+
+    # --- start, end, death ---
+
+    def _start(self, config: EngineConfig) -> Any:
+        from vllm import LLM
+
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_bound_to(config.cpu_cores, config.tensor_parallel_size))
+                if self._processes is not None:
+                    stack.enter_context(self._processes.starting())
+                    stack.enter_context(_killed_if_it_fails(self._processes))
+                return LLM(**llm_arguments(config))
+        except (RuntimeError, MemoryError, TimeoutError, *self._deaths) as error:
+            message = f"the engine for {config.model!r} died while starting: {self._failure(error).reason}"
+            raise EngineDead(message, cause=DeathCause.starting) from error
+        except (TypeError, ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+            raise InvalidInput(f"vLLM does not take model {config.model!r} as configured: {error}") from error
+
+    def _close_in_process(self) -> None:
+        self._in_process.discard(self)
+        with _groups_kept(bool(self._in_process)):
+            self._engine.engine_core.shutdown()
+
+    def _close_processes(self, processes: EngineProcesses) -> None:
+        processes.lower_shield()
+        if self._lost:
+            processes.kill()
+        self._engine.engine_core.shutdown(timeout=CLOSE_SECONDS)
+
+    def _failure(self, error: BaseException) -> Failure:
+        """What is known of it: the engine's processes know more than the exception here that tells of their end."""
+        told = Failure.of(error)
+        found = self._processes.failure() if self._processes is not None else told
+        return found if found.reason else told
+
+    def _death(self, error: BaseException) -> EngineDead:
+        self._lost = True
+        failure = self._failure(error)
+        return EngineDead(f"the engine for {self.info.model!r} died: {failure.reason}", cause=failure.cause)
 
     # --- requests ---
 
@@ -115,7 +175,7 @@ class VllmEngine:
         try:
             self._engine.add_request(request.request_id, prompt, self._parameters(request))
         except self._deaths as error:
-            raise EngineDead(f"the engine for {self.info.model!r} is dead") from error
+            raise self._death(error) from error
         except self._refusals as error:
             return self._refuse(request, str(error))
         self._outstanding.add(request.request_id)
@@ -181,7 +241,9 @@ class VllmEngine:
         self._check_alive()
         silent = time.monotonic() - self._last_sign_of_life
         if silent > self._timeout:
-            raise EngineDead(f"no output of the engine for {self.info.model!r} for {silent:.0f} s")
+            self._lost = True
+            message = f"no output of the engine for {self.info.model!r} for {silent:.0f} s"
+            raise EngineDead(message, cause=DeathCause.silent)
         return False
 
     def _check_alive(self) -> None:
@@ -189,26 +251,20 @@ class VllmEngine:
         try:
             self._engine.engine_core.ensure_alive()
         except self._deaths as error:
-            raise EngineDead(f"the engine for {self.info.model!r} died") from error
+            raise self._death(error) from error
 
     def _step(self) -> list[Any]:
         try:
             outputs: list[Any] = self._engine.step()
         except self._deaths as error:
-            raise EngineDead(f"the engine for {self.info.model!r} died") from error
+            raise self._death(error) from error
         except Exception as error:
-            self._abandon()
-            raise EngineDead(f"the engine for {self.info.model!r} raised {type(error).__name__}: {error}") from error
+            self.abort(list(self._outstanding))  # else it still holds them, and the next completions would be theirs
+            failure = Failure.of(error)
+            message = f"the engine for {self.info.model!r} raised {failure.reason}"
+            raise EngineDead(message, cause=failure.cause) from error
         self._last_sign_of_life = time.monotonic()
         return [output for output in outputs if output.finished]
-
-    def _abandon(self) -> None:
-        """After an exception the engine still holds its requests: the next completions would be theirs."""
-        outstanding, self._outstanding = list(self._outstanding), set()
-        try:
-            self._engine.abort_request(outstanding)
-        except self._deaths:
-            return  # nothing is left to abort
 
     def _completion(self, output: Any) -> Completion:
         self._outstanding.discard(output.request_id)
@@ -233,6 +289,17 @@ def check_platform(config: EngineConfig, log_level: str = "ERROR") -> None:
         _check_cores(config)
     elif config.cpu_cores is not None:
         raise InvalidInput(f"cpu_cores: {config.cpu_cores} binds CPU engines only; allowed on a GPU: null")
+
+
+def gpu_library() -> Any | None:
+    """NVML's Python binding where engines run on NVIDIA GPUs: what `devices` asks."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None
+    from vllm.utils.import_utils import import_pynvml
+
+    return import_pynvml()
 
 
 def shared_out_cores(engines: int, taken: Collection[int] = ()) -> list[list[int]] | None:
@@ -364,6 +431,49 @@ def _own_threads() -> set[int]:
     return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
+def _end(processes: EngineProcesses | None) -> None:
+    if processes is not None:
+        processes.end()
+
+
+@contextmanager
+def _killed_if_it_fails(processes: EngineProcesses) -> Iterator[None]:
+    """Meanwhile vLLM's way to end engine processes begins with killing these.
+
+    It would ask them to end, which those that are still starting do not, and wait five seconds before it kills them.
+    Other threads end other engines.
+    """
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    shutdown: Callable[..., None] = CoreEngineProcManager.shutdown
+    thread = threading.get_ident()
+
+    def kill_first(manager: Any, timeout: float | None = None) -> None:
+        if threading.get_ident() == thread:
+            processes.kill()
+        shutdown(manager, timeout)
+
+    CoreEngineProcManager.shutdown = kill_first
+    try:
+        yield
+    finally:
+        CoreEngineProcManager.shutdown = shutdown
+
+
+@contextmanager
+def _groups_kept(kept: bool) -> Iterator[None]:
+    """Meanwhile, an in-process engine that ends leaves torch's process groups alone: others work with them."""
+    from vllm.v1.engine import core
+
+    clean_up = core.cleanup_dist_env_and_memory
+    if kept:
+        core.cleanup_dist_env_and_memory = gc.collect
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = clean_up
+
+
 def _ring_after(target: Any, method: str, clock: Clock) -> None:
     """Have this one object's method ring when it is done."""
     call = getattr(target, method)
@@ -390,6 +500,7 @@ def _turn_down(log_level: str) -> None:
 def _set_environment(config: EngineConfig) -> None:
     """vLLM reads these when an engine is built, so each engine sets its own before; an in-process one freezes them."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a forked process loads no plugin: no engine_child
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
     from vllm.envs import disable_envs_cache
 

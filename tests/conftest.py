@@ -1,4 +1,4 @@
-"""The toy pair's engines: one in-process pair for the whole suite."""
+"""What many tests start from: the toy pair on engines, one in-process pair for the whole suite; a folder to run in."""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from specreason_batch.config import ChatConfig, EngineConfig
 from specreason_batch.engine import Engine
 from specreason_batch.types import Role
 from specreason_batch.vllm_engine import VllmEngine
+from tests.support.configs import write_models, write_prompts
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy"
@@ -44,3 +45,18 @@ def toy_engines(toy_clock: WallClock) -> Iterator[dict[Role, Engine]]:
     yield engines
     for engine in engines.values():
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    write_models(folder / "models")
+    return folder / "models"
+
+
+@pytest.fixture
+def place(tmp_path: Path, models: Path) -> Path:
+    """A folder with models and a shard of prompts."""
+    (tmp_path / "models").symlink_to(models)
+    write_prompts(tmp_path / "prompts.parquet")
+    return tmp_path

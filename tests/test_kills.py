@@ -14,11 +14,10 @@ import pytest
 
 from jobs.launch import ExitStatus
 from specreason_batch.store.reading import scan
-from tests.support.configs import write_models
+from tests.support.configs import write_models, write_prompts
 from tests.support.nursery import Nursery
 from tests.support.plain_loop import VOLATILE, Row
 from tests.support.scripted_job import overrides
-from tests.test_run import write_prompts
 
 NUM_PROMPTS = 60
 ACTIVE = 8
@@ -51,19 +50,29 @@ def count(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-def kill_until_done(
-    nursery: Nursery, argv: Sequence[str], folder: Path, longest: float, chance: random.Random, most: int = 10**9
-) -> int:
-    """Start the job again and again, each time killed within `longest` seconds; the number of kills."""
-    for kills in range(most + 1):
+def kill_until_done(nursery: Nursery, argv: Sequence[str], folder: Path, longest: float, chance: random.Random) -> int:
+    """Start the job again and again, each time killed; the number of kills.
+
+    One in four is killed within `longest` seconds of its start, the others of having the shard.
+    """
+    for kills in range(1000):
         env = {"SCRIPTED_PACE": "0.004", "SCRIPTED_SLICE": "0.03", "SCRIPTED_LOG": str(folder / "steps")}
         pid = nursery.start(argv, folder / "job.log", env)
-        if kills < most and _killed(pid, chance.uniform(0, longest)):
+        if chance.random() < 0.75:
+            _wait_for_attempt(folder / "out", pid)
+        if _killed(pid, chance.uniform(0, longest)):
             assert nursery.wait() == -signal.SIGKILL
         else:
             assert nursery.wait() == ExitStatus.finished, (folder / "job.log").read_text()[-2000:]
             return kills
     raise AssertionError
+
+
+def _wait_for_attempt(output: Path, pid: int) -> None:
+    """Until the job has taken a shard, or is over."""
+    before = len(list(output.glob("*/attempts/*.json")))
+    while len(list(output.glob("*/attempts/*.json"))) == before and not _is_over(pid):
+        time.sleep(0.005)
 
 
 def _killed(pid: int, after: float) -> bool:
@@ -123,7 +132,7 @@ def test_a_hundred_kills_of_the_scripted_job_lose_and_double_nothing(
             folder.mkdir()
             schedule = SCHEDULES[run % len(SCHEDULES)]
             argv = [*common, f"output_dir={folder}/out", f"schedule={schedule}"]
-            toll.kills += kill_until_done(nursery, argv, folder, 1.2, chance)
+            toll.kills += kill_until_done(nursery, argv, folder, 0.5, chance)
             compare(folder / "out", tmp_path / "whole", toll)
             toll.redone += count(folder / "steps") - count(tmp_path / "steps")
             run += 1
@@ -138,19 +147,14 @@ def test_a_hundred_kills_of_the_scripted_job_lose_and_double_nothing(
 def test_ten_kills_of_the_toy_pair_lose_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chance, toll = random.Random(7), Toll()
     common = ["limit=150", "schedule.active_size=12", "parts.chains=10", "checkpoint.seconds=0", "log.seconds=1"]
-    with Nursery("jobs.generate") as nursery:
+    with Nursery("tests.support.toy_job") as nursery:
         nursery.start([*common, f"output_dir={tmp_path}/whole"], tmp_path / "log")
         assert nursery.wait() == ExitStatus.finished, (tmp_path / "log").read_text()
-        began = time.monotonic()
-        nursery.start([*common, f"output_dir={tmp_path}/again"], tmp_path / "log")
-        assert nursery.wait() == ExitStatus.finished
-        life = time.monotonic() - began
-        compare(tmp_path / "again", tmp_path / "whole", toll)
         run = 0
         while toll.kills < 10:
             folder = tmp_path / f"run{run}"
             folder.mkdir()
-            toll.kills += kill_until_done(nursery, [*common, f"output_dir={folder}/out"], folder, life * 1.1, chance)
+            toll.kills += kill_until_done(nursery, [*common, f"output_dir={folder}/out"], folder, 12.0, chance)
             compare(folder / "out", tmp_path / "whole", toll)
             toll.redone += _redone_steps(folder / "out")
             run += 1

@@ -30,34 +30,11 @@ from specreason_batch.store.reading import scan
 from specreason_batch.store.schemas import ROUNDS
 from specreason_batch.summary import summarise
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Role
-from tests.support.configs import make_config, write_models
+from tests.support.configs import NUM_PROMPTS, make_config, write_prompts
 from tests.support.plain_loop import VOLATILE, Row
 from tests.support.worlds import PROMPTS, World
 
 MODELS = World(seed=21, close_rate=0.03)
-NUM_PROMPTS = 12
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_models(folder / "models")
-    return folder / "models"
-
-
-@pytest.fixture
-def place(tmp_path: Path, models: Path) -> Path:
-    """A folder with models and a shard of prompts."""
-    (tmp_path / "models").symlink_to(models)
-    write_prompts(tmp_path / "prompts.parquet")
-    return tmp_path
-
-
-def write_prompts(path: Path, num_rows: int = NUM_PROMPTS, **columns: Any) -> None:
-    texts = [f"{PROMPTS[index % len(PROMPTS)]} {index}" for index in range(num_rows)]
-    given = {"prompt_id": [f"p{index}" for index in range(num_rows)], "prompt": texts, "level": list(range(num_rows))}
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table(given | columns), path)
 
 
 def engines(plan: Plan, script: Callable[[Role], Any] = MODELS.model) -> dict[Role, ScriptedEngine]:

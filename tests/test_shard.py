@@ -25,9 +25,9 @@ from specreason_batch.store.attempts import AttemptState, read_attempts
 from specreason_batch.store.checkpoints import read_checkpoint
 from specreason_batch.store.reading import scan
 from specreason_batch.types import Completion, Request, Role
-from tests.support.configs import make_config
+from tests.support.configs import make_config, write_prompts
 from tests.support.worlds import PROMPTS
-from tests.test_run import MODELS, models, place, rejects, rows, run, write_prompts  # noqa: F401
+from tests.test_run import MODELS, rejects, rows, run
 
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 Fault = Callable[[Role, Request, int], None]  # role, request, how many engines of the role were built; raises

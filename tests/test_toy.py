@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import polars as pl
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
@@ -29,6 +31,7 @@ from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.run import run_plan
 from specreason_batch.signals import StopSignal
+from specreason_batch.store.attempts import AttemptState, read_attempts
 from specreason_batch.store.reading import scan
 from specreason_batch.summary import summarise
 from specreason_batch.types import Completion, Phase, Request, Role
@@ -36,8 +39,8 @@ from tests.conftest import ROOT, TOY
 
 pytestmark = pytest.mark.vllm
 KEYS = ["prompt_id", "sample_index"]
-# What may differ between two runs of the same chains: time, and what the prefix cache happened to hold.
-VOLATILE = ["active_seconds", "num_cached_prompt_tokens"]
+# What may differ between two runs of the same chains: time, what the prefix cache happened to hold, work done twice.
+VOLATILE = ["active_seconds", "num_cached_prompt_tokens", "num_redone_tokens"]
 
 
 def plan_for(output: Path, *overrides: str) -> Plan:
@@ -295,7 +298,7 @@ def test_a_stopped_run_goes_on_from_its_committed_parts(tmp_path: Path) -> None:
     done = read(tmp_path / "stopped", "chains").height
     assert 10 <= done < 60
     second = job(*common, f"output_dir={tmp_path}/stopped")
-    assert f"60 chains in 1 shard(s): {done} done" in second.stdout
+    assert f"resumed: {done} done, 4 in flight at " in second.stdout
     for kind in ("chains", "steps"):
         assert _same(read(tmp_path / "whole", kind), read(tmp_path / "stopped", kind))
 
@@ -414,3 +417,58 @@ def test_the_pair_is_small_and_the_draft_far_smaller() -> None:
     assert sizes[Role.base] >= 8 * sizes[Role.draft]
     layers = {role: json.loads((TOY / role / "config.json").read_text())["num_hidden_layers"] for role in Role}
     assert layers[Role.base] >= 4 * layers[Role.draft]
+
+
+# --- engines in processes of their own, on a bad day ---
+
+
+def engine_processes(pid: int) -> dict[str, list[psutil.Process]]:
+    """The engines' processes under this job, by vLLM's names for them, in the order of starting."""
+    found: dict[str, list[psutil.Process]] = {"EngineCore": [], "Worker": []}
+    children = sorted(psutil.Process(pid).children(recursive=True), key=psutil.Process.create_time)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(child.cmdline())
+            for name, processes in found.items():
+                if f"VLLM::{name}" in title:
+                    processes.append(child)
+    return found
+
+
+@pytest.mark.slow
+def test_killed_hung_and_signalled_engines_change_no_row_and_none_outlives_the_job(tmp_path: Path) -> None:
+    """A worker is killed, an engine hangs, and every process of the job gets what Slurm sends at its end."""
+    common = ["limit=120", "schedule=continuous", "schedule.active_size=4", "parts.chains=20", "checkpoint.seconds=1"]
+    job(*common, f"output_dir={tmp_path}/whole")
+    apart = [*common, f"output_dir={tmp_path}/apart", "draft.in_process=false", "base.in_process=false"]
+    apart += [f"{role}.engine_timeout_seconds=8" for role in Role] + ["log.seconds=1"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs.generate", *apart], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+        ) as process,
+    ):
+        _wait_for(lambda: list(tmp_path.glob("apart/*/checkpoints/*")), process)
+        engine_processes(process.pid)["Worker"][0].kill()
+        _wait_for(lambda: "building it again (1 of" in log.read_text(), process)
+        _wait_for(lambda: log.read_text().count("loading ") == 3, process)
+        time.sleep(1)
+        engine_processes(process.pid)["EngineCore"][-1].suspend()
+        _wait_for(lambda: log.read_text().count("building it again (") == 2, process)
+        _wait_for(lambda: log.read_text().count("loading ") == 4, process)
+        time.sleep(1)
+        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        began = time.monotonic()
+        for one in everybody:
+            one.send_signal(signal.SIGTERM)
+        assert process.wait(60) == ExitStatus.stopped, log.read_text()
+        assert time.monotonic() - began < 30
+        assert psutil.wait_procs(everybody, timeout=5)[1] == []
+    assert "no output" in log.read_text()
+    assert 0 < read(tmp_path / "apart", "chains").height < 120
+    (attempt,) = read_attempts(tmp_path / "apart" / "heldout")
+    assert attempt.state is AttemptState.stopped and attempt.progress.num_rebuilds == 2
+    assert "resumed: " in job(*common, f"output_dir={tmp_path}/apart").stdout
+    for kind in ("chains", "steps"):
+        assert _same(read(tmp_path / "whole", kind), read(tmp_path / "apart", kind))

@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,7 +161,7 @@ def _write(
 ) -> None:
     folder.mkdir()
     tables = (
-        pa.Table.from_pylist([_row(key, saved) for key, saved in chains.items()], schema=_CHAINS),
+        _chains_table(chains),
         pa.Table.from_pylist(list(rounds), schema=ROUNDS),
     )
     for file, table in zip(_FILES, tables, strict=True):
@@ -217,43 +219,74 @@ def _write_text(path: Path, text: str) -> None:
 
 
 # --- rows ---
+# Written column by column: `Table.from_pylist` takes ten times as long, and the engines' chains wait meanwhile.
 
 
-def _row(key: ChainKey, saved: Saved) -> dict[str, Any]:
-    answer = saved.answer
-    return {
-        "prompt_id": key[0],
-        "sample_index": key[1],
-        "steps": [_step_row(step) for step in saved.steps],
-        "answer": {name: getattr(answer, name) for name in WrittenAnswer.__slots__} if answer else None,
-        "error": saved.error,
-        "usage": asdict(saved.usage),
+def _chains_table(chains: dict[ChainKey, Saved]) -> pa.Table:
+    saved = list(chains.values())
+    steps = _step_array([step for chain in saved for step in chain.steps])
+    columns = {
+        "prompt_id": [prompt_id for prompt_id, _ in chains],
+        "sample_index": [sample_index for _, sample_index in chains],
+        "steps": pa.ListArray.from_arrays(_offsets([len(chain.steps) for chain in saved]), steps),
+        "answer": pa.array([_answer_row(chain.answer) for chain in saved], _ANSWER),
+        "error": [chain.error for chain in saved],
+        "usage": pa.array([asdict(chain.usage) for chain in saved], _CHAINS.field("usage").type),
     }
+    return pa.table(columns, schema=_CHAINS)
 
 
-def _step_row(step: Step) -> dict[str, Any]:
-    grade = step.grade
-    return {
-        "written": _written_row(step.written),
-        "rejected": _written_row(step.rejected) if step.rejected else None,
-        "probs": grade.probs if grade else None,
-        "mass": grade.mass if grade else None,
-        "score": grade.score if grade else None,
-        "accepted": step.accepted,
-        "round": step.round,
+def _step_array(steps: list[Step]) -> pa.StructArray:
+    grades = [step.grade for step in steps]
+    columns = {
+        "written": _written_array([step.written for step in steps]),
+        "rejected": _written_array([step.rejected for step in steps]),
+        "probs": [grade and grade.probs for grade in grades],
+        "mass": [grade and grade.mass for grade in grades],
+        "score": [grade and grade.score for grade in grades],
+        "accepted": [step.accepted for step in steps],
+        "round": [step.round for step in steps],
     }
+    return _struct_array(_STEP, columns)
 
 
-def _written_row(written: WrittenStep) -> dict[str, Any]:
-    base, draft = (written.bodies[role] for role in (Role.base, Role.draft))
-    return {
-        "author": written.author,
-        "ended_by": written.ended_by,
-        "base_ids": base,
-        "draft_ids": None if draft == base else draft,
-        "num_tokens": written.num_tokens,
-        "is_blank": written.is_blank,
+def _written_array(items: list[WrittenStep | None]) -> pa.StructArray:
+    base, draft = ([item.bodies[role] if item else None for item in items] for role in (Role.base, Role.draft))
+    columns = {
+        "author": [item and item.author for item in items],
+        "ended_by": [item and item.ended_by for item in items],
+        "base_ids": _ids_array(base),
+        "draft_ids": _ids_array([None if ids == same else ids for ids, same in zip(draft, base, strict=True)]),
+        "num_tokens": [item and item.num_tokens for item in items],
+        "is_blank": [item and item.is_blank for item in items],
     }
+    return _struct_array(_WRITTEN, columns, [item is None for item in items])
+
+
+def _struct_array(type: pa.StructType, columns: dict[str, Any], nulls: list[bool] | None = None) -> pa.StructArray:
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, type.field(name).type)
+        for name, column in columns.items()
+    ]
+    mask = None if nulls is None else pa.array(nulls, pa.bool_())
+    return pa.StructArray.from_arrays(arrays, fields=list(type), mask=mask)
+
+
+def _ids_array(lists: list[tuple[int, ...] | None]) -> pa.ListArray:
+    flat = array("i")
+    for ids in lists:
+        flat.extend(ids or ())
+    values = pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
+    mask = pa.array([ids is None for ids in lists], pa.bool_())
+    return pa.ListArray.from_arrays(_offsets([len(ids or ()) for ids in lists]), values, mask=mask)
+
+
+def _offsets(lengths: Iterable[int]) -> pa.Array:
+    return pa.array(accumulate(lengths, initial=0), pa.int32())
+
+
+def _answer_row(answer: WrittenAnswer | None) -> dict[str, Any] | None:
+    return None if answer is None else {name: getattr(answer, name) for name in WrittenAnswer.__slots__}
 
 
 def _saved(row: dict[str, Any]) -> tuple[ChainKey, Saved]:

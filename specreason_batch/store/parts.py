@@ -77,6 +77,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_part(path: Path, columns: list[str]) -> pa.Table:
+    """These columns of a committed file. Raises InvalidInput if it has been damaged since."""
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidInput(
+            f"{path} is damaged ({error}). It was whole when it was committed: move it away, with the file of the same "
+            "name in steps/ or chains/, and its chains are made again"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class ShardPaths:
     """Where one shard's output lies."""
@@ -106,20 +117,18 @@ class ShardPaths:
         """(prompt_id, sample_index) of every committed chain."""
         keys: set[ChainKey] = set()
         for path in self.committed("chains"):
-            table = pq.read_table(path, columns=["prompt_id", "sample_index"])
+            table = read_part(path, ["prompt_id", "sample_index"])
             keys.update(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
         return keys
 
     def last_round(self) -> int:
         """The number of the last committed round; 0 if there is none."""
         parts = self.parts("rounds")
-        return (
-            max(pq.read_table(self.file("rounds", parts[-1]), columns=["round"])["round"].to_pylist()) if parts else 0
-        )
+        return max(read_part(self.file("rounds", parts[-1]), ["round"])["round"].to_pylist()) if parts else 0
 
     def source_identities(self) -> set[str]:
         """The input identities that the committed parts were made from."""
-        metadata = [pq.read_schema(path).metadata or {} for path in self.committed("chains")]
+        metadata = [read_part(path, []).schema.metadata or {} for path in self.committed("chains")]
         return {found[b"source"].decode() for found in metadata if b"source" in found}
 
 

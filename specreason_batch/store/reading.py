@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import polars as pl
-import pyarrow.parquet as pq
 
-from specreason_batch.store.parts import ShardPaths
+from specreason_batch.store.parts import ShardPaths, read_part
 from specreason_batch.types import InvalidInput
 
 
@@ -31,7 +30,7 @@ def _files(shard: ShardPaths, kind: str) -> list[Path]:
 def rejected_rows(paths: ShardPaths) -> set[int]:
     """Numbers of the input rows that were found unusable."""
     path = paths.file("rejects", "input")
-    return set(pq.read_table(path, columns=["row"])["row"].to_pylist()) if path.is_file() else set()
+    return set(read_part(path, ["row"])["row"].to_pylist()) if path.is_file() else set()
 
 
 def acceptance_rate(output_dir: Path) -> float:

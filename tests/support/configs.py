@@ -5,6 +5,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from specreason_batch.config import (
     BudgetConfig,
     ChatConfig,
@@ -24,6 +27,9 @@ from specreason_batch.config import (
 )
 from specreason_batch.types import Role
 from tests.support.vocabulary import make_tokenizer
+from tests.support.worlds import PROMPTS
+
+NUM_PROMPTS = 12
 
 
 def write_models(folder: Path) -> None:
@@ -61,3 +67,11 @@ def make_config(folder: Path, **changes: Any) -> GenerateConfig:
         "log": LogConfig(seconds=1e6),
     }
     return GenerateConfig(**(values | changes))
+
+
+def write_prompts(path: Path, num_rows: int = NUM_PROMPTS, **columns: Any) -> None:
+    """A shard of prompts; `columns` replace or add to its own."""
+    texts = [f"{PROMPTS[index % len(PROMPTS)]} {index}" for index in range(num_rows)]
+    given = {"prompt_id": [f"p{index}" for index in range(num_rows)], "prompt": texts, "level": list(range(num_rows))}
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(given | columns), path)

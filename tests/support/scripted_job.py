@@ -2,7 +2,7 @@
 
 Everything from the composed configuration to the exit status is the real job's. The engines answer from a scripted
 world; SCRIPTED_PACE is the seconds that a poll of theirs takes, SCRIPTED_LOG a file that gets a byte a written step,
-SCRIPTED_SLICE the seconds between the reports of schedules without rounds.
+SCRIPTED_SLICE the seconds between the reports of schedules without rounds; SCRIPTED_CLOCK=jumping says what it does.
 """
 
 import os
@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from jobs.generate import generate
+from jobs.generate import StartEngines, generate
 from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import GenerateConfig
@@ -73,12 +74,25 @@ def scripted_engines(
     yield engines
 
 
+def _jump() -> None:
+    """Have the wall clock jump an hour back and forth at every look."""
+    steady, looks = time.time, count()
+    time.time = lambda: steady() + 3600 * (-1) ** next(looks)
+
+
 def main() -> None:
+    if os.environ.get("SCRIPTED_CLOCK") == "jumping":
+        _jump()
     gates.SLICE_SECONDS = float(os.environ.get("SCRIPTED_SLICE", gates.SLICE_SECONDS))
+    run_composed(scripted_engines)
+
+
+def run_composed(start_engines: StartEngines) -> None:
+    """The real job on these engines; its overrides are the command line's."""
     register_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("generate", sys.argv[1:])
-    run_job(lambda console: generate(to_config(composed), console, scripted_engines))
+    run_job(lambda console: generate(to_config(composed), console, start_engines))
 
 
 if __name__ == "__main__":
