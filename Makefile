@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test check format lock test-vllm clean
+.PHONY: help setup demo test test-slurm check format lock test-vllm clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -21,8 +21,12 @@ $(INSTALLED): pyproject.toml requirements/cpu.txt requirements/install
 demo: setup  ## the toy pair on a few prompts, from prompt shards to a report
 	@$(VENV)/bin/python -m jobs.demo
 
-test: setup  ## all tests that this machine can run
-	@$(VENV)/bin/python -m pytest
+test: setup  ## all tests that this machine can run, but for those that need a Slurm
+	@$(VENV)/bin/python -m pytest -m "not slurm"
+
+test-slurm: setup  ## the tests on a real Slurm of their own; installs its Debian packages where it may
+	@tests/slurm/install
+	@$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
 check: setup  ## lint, format and types; changes nothing
 	@$(VENV)/bin/ruff check

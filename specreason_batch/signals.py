@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 from specreason_batch.schedules import Stopped
 
@@ -61,10 +62,14 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        before: dict[signal.Signals, Any] = {}
         try:
+            before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
             with self._watched():
                 yield self
+        except Stopped:
+            before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)  # Slurm repeats itself; the exit status must stand
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -347,7 +347,11 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
             "max_num_batched_tokens": max(config.max_model_len, 8192),
         }
     else:
-        arguments["kv_cache_memory_bytes"] = None if config.kv_cache_gib is None else config.kv_cache_gib << 30
+        if config.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = config.kv_cache_gib << 30
+            if config.gpu_memory_utilization is None:
+                # Sizes nothing then, but vLLM wants it free at the start: its 0.92 would refuse the second engine.
+                arguments["gpu_memory_utilization"] = 0.01
         arguments["kv_offloading_size"] = config.kv_offload_gib
     given = {name: value for name, value in arguments.items() if value is not None}
     return given | config.vllm_args

@@ -146,7 +146,7 @@ def test_a_hundred_kills_of_the_scripted_job_lose_and_double_nothing(
 @pytest.mark.vllm
 def test_ten_kills_of_the_toy_pair_lose_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chance, toll = random.Random(7), Toll()
-    common = ["limit=150", "schedule.active_size=12", "parts.chains=10", "checkpoint.seconds=0", "log.seconds=1"]
+    common = ["limit=70", "schedule.active_size=12", "parts.chains=10", "checkpoint.seconds=0", "log.seconds=1"]
     with Nursery("tests.support.toy_job") as nursery:
         nursery.start([*common, f"output_dir={tmp_path}/whole"], tmp_path / "log")
         assert nursery.wait() == ExitStatus.finished, (tmp_path / "log").read_text()
@@ -159,7 +159,7 @@ def test_ten_kills_of_the_toy_pair_lose_and_double_nothing(tmp_path: Path, capsy
             toll.redone += _redone_steps(folder / "out")
             run += 1
     with capsys.disabled():
-        print(f"\ntoy pair, {toll} at least, as the chains count them ({run} runs of 150 chains)")
+        print(f"\ntoy pair, {toll} at least, as the chains count them ({run} runs of 70 chains)")
     assert (toll.lost, toll.doubled) == (0, 0)
 
 

@@ -55,6 +55,20 @@ def test_a_signal_that_came_before_is_noticed_at_the_door() -> None:
             raise AssertionError("not reached")
 
 
+def test_once_everything_is_saved_a_repeated_signal_does_not_change_the_exit_status() -> None:
+    stop = StopSignal()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(Stopped), stop.installed():
+            signal.raise_signal(signal.SIGTERM)
+            stop.check()
+        for number in STOP_SIGNALS:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_sleeping_ends_with_the_signal() -> None:
     stop = StopSignal()
     stop.sleep(0.05)

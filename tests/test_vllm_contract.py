@@ -416,6 +416,11 @@ def test_on_a_gpu_offloading_is_passed_on_and_cores_are_refused(monkeypatch: pyt
     vllm_engine.check_platform(config)
     assert llm_arguments(config)["kv_offloading_size"] == 3
     assert "kv_offloading_size" not in llm_arguments(toy_engine_config(Role.base))
+    sized = llm_arguments(toy_engine_config(Role.base, kv_cache_gib=2))
+    assert (sized["kv_cache_memory_bytes"], sized["gpu_memory_utilization"]) == (2 << 30, 0.01)
+    given = llm_arguments(toy_engine_config(Role.base, kv_cache_gib=2, gpu_memory_utilization=0.5))
+    assert given["gpu_memory_utilization"] == 0.5
+    assert "gpu_memory_utilization" not in llm_arguments(toy_engine_config(Role.base, kv_cache_gib=None))
     assert shared_out_cores(2) is None
     with pytest.raises(InvalidInput, match=r"cpu_cores: \[0\] binds CPU engines only; allowed on a GPU: null"):
         vllm_engine.check_platform(toy_engine_config(Role.base, cpu_cores=[0], in_process=False))
