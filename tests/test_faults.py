@@ -1,4 +1,4 @@
-"""The job as a process on bad days: full and read-only disks, vanished folders, rivals, jumping clocks (issue 4)."""
+"""The job as a process on bad days: full and read-only disks, vanished folders, rivals, jumping clocks."""
 
 import os
 import shutil

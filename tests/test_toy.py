@@ -1,7 +1,6 @@
 """The real job on the real toy pair: two vLLM engines, committed files, and the figures that the toy pair promises."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -36,6 +35,7 @@ from specreason_batch.store.reading import scan
 from specreason_batch.summary import summarise
 from specreason_batch.types import Completion, Phase, Request, Role
 from tests.conftest import ROOT, TOY
+from tests.support.near import same
 
 pytestmark = pytest.mark.vllm
 KEYS = ["prompt_id", "sample_index"]
@@ -93,7 +93,7 @@ def test_active_size_and_schedule_do_not_change_rows(
     for kind in ("chains", "steps"):
         rows = read(outputs[0], kind)
         assert rows.height >= 12
-        assert all(_same(rows, read(output, kind)) for output in outputs[1:])
+        assert all(same(rows, read(output, kind)) for output in outputs[1:])
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_engines_apart_work_at_once_and_give_the_same_rows(toy_engines: dict[Rol
         run(engines, tmp_path / "warm", *apart, "limit=64")
         output = run(engines, tmp_path / "apart", *apart, "limit=64")
     for kind in ("chains", "steps"):
-        assert _same(read(together, kind), read(output, kind))
+        assert same(read(together, kind), read(output, kind))
     rounds = scan(output, "rounds")
     assert rounds is not None
     total = rounds.select(pl.all().exclude("round", "started_at").sum()).collect().row(0, named=True)
@@ -127,30 +127,13 @@ def test_a_small_kv_cache_parks_chains_and_changes_no_row(tmp_path: Path) -> Non
         crowded = run(engines, tmp_path / "crowded", *small, *common, "schedule.fit_memory=false")
     figures = {}
     for output in (parked, crowded):
-        assert _same(read(parked, "steps"), read(output, "steps"))
+        assert same(read(parked, "steps"), read(output, "steps"))
         rounds = scan(output, "rounds")
         assert rounds is not None
         recomputed = pl.sum_horizontal(pl.col([f"{phase}_num_recomputed_tokens" for phase in Phase]).sum())
         figures[output] = rounds.select(recomputed, pl.col("num_parked").sum()).collect().row(0)
     assert figures[parked][1] > 0 and figures[crowded][1] == 0
     assert figures[parked][0] < 0.5 * figures[crowded][0]
-
-
-def _same(one: pl.DataFrame, other: pl.DataFrame) -> bool:
-    """Equal to the last text and token; probabilities up to what batch shapes change in a float32."""
-    floats = [name for name, type in one.schema.items() if type == pl.Float64 or type == pl.List(pl.Float32)]
-    exact = one.drop(floats).equals(other.drop(floats))
-    near = all(
-        math.isclose(a, b, abs_tol=1e-3)
-        for name in floats
-        for a, b in zip(_flat(one[name]), _flat(other[name]), strict=True)
-    )
-    return exact and near
-
-
-def _flat(column: pl.Series) -> list[float]:
-    values = column.explode() if column.dtype == pl.List(pl.Float32) else column
-    return [-1.0 if value is None else value for value in values.to_list()]
 
 
 def test_samples_of_a_prompt_are_chains_of_their_own(toy_engines: dict[Role, Engine], tmp_path: Path) -> None:
@@ -300,7 +283,7 @@ def test_a_stopped_run_goes_on_from_its_committed_parts(tmp_path: Path) -> None:
     second = job(*common, f"output_dir={tmp_path}/stopped")
     assert f"resumed: {done} done, 4 in flight at " in second.stdout
     for kind in ("chains", "steps"):
-        assert _same(read(tmp_path / "whole", kind), read(tmp_path / "stopped", kind))
+        assert same(read(tmp_path / "whole", kind), read(tmp_path / "stopped", kind))
 
 
 def _wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -327,7 +310,7 @@ def test_the_same_rows_come_from_engines_in_processes_of_their_own(
     job("limit=8", f"output_dir={tmp_path}/apart", "draft.in_process=false", "base.in_process=false")
     within = run(toy_engines, tmp_path / "within", "limit=8")
     for kind in ("chains", "steps"):
-        assert _same(read(within, kind), read(tmp_path / "apart", kind))
+        assert same(read(within, kind), read(tmp_path / "apart", kind))
 
 
 # --- the toy pair's promises ---
@@ -472,4 +455,4 @@ def test_killed_hung_and_signalled_engines_change_no_row_and_none_outlives_the_j
     assert attempt.state is AttemptState.stopped and attempt.progress.num_rebuilds == 2
     assert "resumed: " in job(*common, f"output_dir={tmp_path}/apart").stdout
     for kind in ("chains", "steps"):
-        assert _same(read(tmp_path / "whole", kind), read(tmp_path / "apart", kind))
+        assert same(read(tmp_path / "whole", kind), read(tmp_path / "apart", kind))

@@ -50,12 +50,15 @@ class PacedEngine(ScriptedEngine):
 
     def poll(self, timeout: float) -> list[Completion]:
         time.sleep(float(os.environ.get("SCRIPTED_PACE", "0")))
-        completions = super().poll(timeout)
-        if log := os.environ.get("SCRIPTED_LOG"):
-            written = sum(1 for completion in completions if not completion.logprobs)
-            with Path(log).open("a") as file:
-                file.write("w" * written)
-        return completions
+        return log_written(super().poll(timeout))
+
+
+def log_written(completions: list[Completion]) -> list[Completion]:
+    """The same; a byte for each step and answer among them goes into SCRIPTED_LOG."""
+    if log := os.environ.get("SCRIPTED_LOG"):
+        with Path(log).open("a") as file:
+            file.write("w" * sum(1 for completion in completions if not completion.logprobs))
+    return completions
 
 
 @contextmanager
