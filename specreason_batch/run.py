@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
 from specreason_batch.devices import run_node_check
-from specreason_batch.engine import BadNode, Engine
+from specreason_batch.engine import BadNode, Engine, EngineDead
 from specreason_batch.engines import Engines
 from specreason_batch.ledger import Ledger
 from specreason_batch.plan import Plan, ShardPlan, has_work
@@ -104,11 +104,18 @@ def _run_shard(plan: Plan, claim: Claim, engines: Engines, progress: Progress, s
 
 
 def probe_engines(plan: Plan, engines: Mapping[Role, Engine], progress: Progress) -> None:
-    """Refuse engines whose grades are wrong; say loudly where the prefix cache never hits."""
+    """Refuse engines whose grades are wrong; say loudly where the prefix cache never hits.
+
+    Raises InvalidInput, EngineDead.
+    """
     prompt = plan.first_prompt()
     for role, chat in plan.formats.items():
         ids = chat.opening(prompt.prompt if prompt else "")
-        cache = probe_cache(engines[role], ids)
-        progress.engine_ready(role, engines[role].info, cache)
-        if role is Role.base and plan.judge is not None:
-            probe_grade(engines[role], plan.judge, ids[: engines[role].info.max_model_len // 2])
+        try:
+            cache = probe_cache(engines[role], ids)
+            progress.engine_ready(role, engines[role].info, cache)
+            if role is Role.base and plan.judge is not None:
+                probe_grade(engines[role], plan.judge, ids[: engines[role].info.max_model_len // 2])
+        except EngineDead as death:
+            death.role = role
+            raise
