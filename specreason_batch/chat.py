@@ -28,6 +28,10 @@ SYSTEM, USER, REPLY, QUESTION = (f"<<sentinel-{name}-4f1c>>" for name in ("syste
 _SENTINELS = re.compile("|".join(map(re.escape, (SYSTEM, USER, REPLY, QUESTION))))
 
 
+# Beginnings with and without a space, blank lines, characters of several bytes, markup as text.
+_ROUND_TRIPS = (" so", "so", "x = 3.\n\n", "\n\nWait,  two  spaces\n", "é€😀", "  indented", "$\\frac{1}{2}$ </think>")
+
+
 class VocabularyCase(StrEnum):
     """How the two roles' token ids relate (docs/design.md, section 5)."""
 
@@ -57,7 +61,7 @@ class ChatFormat:
     def __init__(
         self, role: Role, tokenizer: "PreTrainedTokenizerFast", options: ChatOptions, eos_ids: Sequence[int] = ()
     ):
-        """Raises InvalidInput if the tokenizer cannot serve (no chat template, a think tag of several tokens ...)."""
+        """Raises InvalidInput if the tokenizer cannot serve (no chat template, no end-of-text token ...)."""
         self.role = role
         self.options = options
         self.tokenizer = tokenizer
@@ -67,7 +71,7 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {token.content: id for id, token in added if token.special or token.content.strip()}
         self._special_pattern = _alternatives(self.special_ids)
-        self.think_close_id = self._single_special(options.think_close)
+        self.think_close_ids = self._spelt_markup(options.think_close)
         eos = {*eos_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
         self.end_ids = frozenset(eos)
         if not self.end_ids:
@@ -110,10 +114,16 @@ class ChatFormat:
         vocabulary: dict[str, int] = self._markup.get_vocab(with_added_tokens=True)
         return {entry: id for entry, id in vocabulary.items() if entry not in self.special_ids}
 
+    @property
+    def think_close_id(self) -> int | None:
+        """The one token that closes thinking; None where the tag takes several, and is found by its text."""
+        return self.think_close_ids[0] if len(self.think_close_ids) == 1 else None
+
     @cached_property
     def marker_ids(self) -> frozenset[int]:
         """Ids that cannot be part of a step: think tags, end-of-text and every other special token."""
-        return frozenset({*self.special_ids.values(), *self.end_ids, self.think_close_id})
+        close = self.think_close_ids if self.think_close_id is not None else ()
+        return frozenset({*self.special_ids.values(), *self.end_ids, *close})
 
     @cached_property
     def blank_line_ids(self) -> frozenset[int]:
@@ -180,15 +190,8 @@ class ChatFormat:
                 ids.extend(self.encode_text(self._fill(piece, contents)))
         return ids
 
-    def _single_special(self, text: str) -> int:
-        if text in self.special_ids:
-            return int(self.special_ids[text])
-        ids = self.encode_text(text)
-        if len(ids) != 1:
-            raise InvalidInput(
-                f"{self.role}.chat.think_close: {text!r} is {len(ids)} tokens for this tokenizer; allowed: a single one"
-            )
-        return ids[0]
+    def _spelt_markup(self, text: str) -> tuple[int, ...]:
+        return (int(self.special_ids[text]),) if text in self.special_ids else tuple(self.encode_text(text))
 
 
 def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_code: bool = False) -> ChatFormat:
@@ -211,6 +214,20 @@ def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
         return VocabularyCase.different
     same = draft.special_ids == base.special_ids and draft.end_ids == base.end_ids
     return VocabularyCase.same if same else VocabularyCase.other_specials
+
+
+def check_round_trip(chat: ChatFormat) -> None:
+    """Whether text survives this tokenizer: where vocabularies differ, each role reads the other's steps as text.
+
+    Raises InvalidInput for one that adds or changes characters.
+    """
+    for text in _ROUND_TRIPS:
+        back = chat.decode(chat.encode_text(text))
+        if back != text:
+            raise InvalidInput(
+                f"{chat.role}.model: its tokenizer turns the text {text!r} into {back!r}; allowed beside a model of "
+                "another vocabulary: one that keeps text as it is"
+            )
 
 
 def _generation_eos_ids(model: str) -> list[int]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from specreason_batch.chain import Chain, Policy
-from specreason_batch.chat import ChatFormat, VocabularyCase, compare_vocabularies, load_chat_format
+from specreason_batch.chat import ChatFormat, VocabularyCase, check_round_trip, compare_vocabularies, load_chat_format
 from specreason_batch.config import DecodingConfig, GenerateConfig, PolicyConfig
 from specreason_batch.judge import Judge, Question
 from specreason_batch.policies import POLICIES, PolicySpec, Rules
@@ -77,7 +77,7 @@ def make_plan(config: GenerateConfig) -> Plan:
     formats = {role: _load_format(config, role) for role in Role if role in spec.roles}
     case = _vocabulary_case(formats)
     judge = Judge(_question(config), formats[Role.base]) if spec.grades else None
-    translator = _translator(config, formats, judge)
+    translator = _translator(config, formats, judge, case)
     output_dir = Path(config.output_dir)
     fingerprint = claim_output(output_dir, fingerprint_fields(config, spec.roles), config)
     plans = [_shard_plan(shard, output_dir, config) for shard in shards]
@@ -159,10 +159,8 @@ def _vocabulary_case(formats: dict[Role, ChatFormat]) -> VocabularyCase | None:
         return None
     case = compare_vocabularies(formats[Role.draft], formats[Role.base])
     if case is VocabularyCase.different:
-        raise InvalidInput(
-            "draft.model, base.model: their tokenizers have different vocabularies; allowed so far: the same ordinary "
-            "entries with the same ids (special tokens may differ)"
-        )
+        for chat in formats.values():
+            check_round_trip(chat)
     return case
 
 
@@ -177,7 +175,9 @@ def _question(config: GenerateConfig) -> Question:
     )
 
 
-def _translator(config: GenerateConfig, formats: dict[Role, ChatFormat], judge: Judge | None) -> Translator:
+def _translator(
+    config: GenerateConfig, formats: dict[Role, ChatFormat], judge: Judge | None, case: VocabularyCase | None
+) -> Translator:
     voices = {
         role: Voice(
             format=chat,
@@ -188,7 +188,7 @@ def _translator(config: GenerateConfig, formats: dict[Role, ChatFormat], judge: 
         for role, chat in formats.items()
     }
     return Translator(
-        voices, judge, config.budgets.limits(), config.budgets.max_answer_tokens, config.seed, config.seeded
+        voices, judge, config.budgets.limits(), config.budgets.max_answer_tokens, config.seed, config.seeded, case
     )
 
 

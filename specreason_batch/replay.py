@@ -90,7 +90,7 @@ class Recording:
             case WriteAnswer():
                 return request_of(chain, ask, request_id, recorded.answer_tokens)
 
-    def result(self, ask: Ask, completion: Completion) -> Result:
+    def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result:
         return result_of(ask, completion)
 
 

@@ -80,7 +80,7 @@ class Workload:
             case WriteAnswer():
                 return request_of(chain, ask, request_id, self.answer_tokens)
 
-    def result(self, ask: Ask, completion: Completion) -> Result:
+    def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result:
         return result_of(ask, completion)
 
     def _step_length(self, chain: Chain, role: Role) -> int:

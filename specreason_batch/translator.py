@@ -6,9 +6,10 @@ Does not know: batching, schedules, vLLM, files.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from specreason_batch.chain import Chain, Context, Limits
-from specreason_batch.chat import ChatFormat
+from specreason_batch.chat import ChatFormat, VocabularyCase
 from specreason_batch.judge import Judge
 from specreason_batch.seeds import stable_seed
 from specreason_batch.types import (
@@ -83,14 +84,18 @@ class Translator:
         max_answer_tokens: int,
         seed: int,
         seeded: bool = True,
+        case: VocabularyCase | None = None,
     ):
+        """`case`: how the two roles' vocabularies relate; None: one role."""
         self._voices = voices
         self._judge = judge
         self._limits = limits
         self._max_answer_tokens = max_answer_tokens
         self._seed = seed
         self._seeded = seeded
-        self._reserve = 1 + max_answer_tokens + (len(judge.turn) + 1 if judge else 0)
+        close = max(len(voice.format.think_close_ids) for voice in voices.values())
+        self._reserve = close + max_answer_tokens + (len(judge.turn) + 1 if judge else 0)
+        self._differ = case is VocabularyCase.different
         self._step_sampling = {role: _step_sampling(voice) for role, voice in voices.items()}
         self._answer_sampling = {role: voice.answers.sampling(voice.format.end_ids) for role, voice in voices.items()}
         self._grade_sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids) if judge else None
@@ -115,7 +120,7 @@ class Translator:
                 suffix = (*draft.bodies[Role.base], *self._judge.turn)
                 max_tokens, sampling = 1, self._grade_sampling
             case WriteAnswer(role=role):
-                suffix = (self._voices[role].format.think_close_id,)
+                suffix = self._voices[role].format.think_close_ids
                 max_tokens, sampling = self._max_answer_tokens, self._answer_sampling[role]
         seed = self._request_seed(chain, ask) if sampling.temperature > 0 else None
         return Request(
@@ -127,12 +132,12 @@ class Translator:
             seed=seed,
         )
 
-    def result(self, ask: Ask, completion: Completion) -> Result:
+    def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result:
         """What the policy gets for its ask. The completion must be a finished one (stop or length)."""
         assert completion.finish_reason in (FinishReason.stop, FinishReason.length)
         match ask:
             case Write(role=role):
-                return self._read_step(role, completion)
+                return self._read_step(chain, role, completion)
             case GradeOf():
                 return self._read_grade(completion)
             case WriteAnswer(role=role):
@@ -143,6 +148,8 @@ class Translator:
 
         A character whose bytes are split over two steps belongs to the later one. Linear in the chain's length.
         """
+        if self._differ:
+            return self._joined_thinking(chain)
         ends, unsplit, length = [], 0, 0
         before: tuple[int, ...] = ()
         for step in chain.steps:
@@ -162,8 +169,15 @@ class Translator:
             ends[-1] = len(text)
         return ThinkingText(text, list(zip([0, *ends[:-1]], ends, strict=True)) if ends else [], unsplit)
 
+    def _joined_thinking(self, chain: Chain) -> ThinkingText:
+        """Of steps in two vocabularies, each of whole characters."""
+        pieces = [self.step_text(step.written) for step in chain.steps]
+        ends = list(accumulate(map(len, pieces)))
+        unsplit = sum(self._has_unsplit_blank_line(step.written) for step in chain.steps)
+        return ThinkingText("".join(pieces), list(zip([0, *ends][: len(ends)], ends, strict=True)), unsplit)
+
     def step_text(self, step: WrittenStep) -> str:
-        return self._decode(step.token_ids)
+        return self._voices[step.author].format.decode(step.token_ids)
 
     def answer_text(self, answer: WrittenAnswer) -> str:
         return self._voices[answer.role].format.decode(answer.token_ids)
@@ -188,18 +202,41 @@ class Translator:
 
     # --- completions ---
 
-    def _read_step(self, role: Role, completion: Completion) -> WrittenStep:
+    def _read_step(self, chain: Chain, role: Role, completion: Completion) -> WrittenStep:
         chat = self._voices[role].format
         ids = completion.token_ids
         cut = next((index for index, id in enumerate(ids) if id in chat.marker_ids), None)
         body = ids if cut is None else ids[:cut]
+        ended_by = self._ended_by(chat, completion) if cut is None else _marker_meaning(chat, ids[cut])
+        if chat.think_close_id is None and (before := _before_spelt_close(chat, body)) is not None:
+            body, ended_by = before, EndedBy.think_close
+        bodies, is_whole = self._in_both_vocabularies(chain, role, body)
         return WrittenStep(
             author=role,
-            ended_by=self._ended_by(chat, completion) if cut is None else _marker_meaning(chat, ids[cut]),
-            bodies=dict.fromkeys(Role, body),
+            ended_by=ended_by if is_whole else EndedBy.max_tokens,
+            bodies=bodies,
             num_tokens=len(ids),
-            is_blank=all(id in chat.blank_ids for id in body),
+            is_blank=all(id in chat.blank_ids for id in bodies[role]),
         )
+
+    def _in_both_vocabularies(
+        self, chain: Chain, author: Role, body: tuple[int, ...]
+    ) -> tuple[dict[Role, tuple[int, ...]], bool]:
+        """The step in each role's ids, and whether that is all of it.
+
+        Where vocabularies differ, the other role's ids are its own of the same text: of whole characters, and of the
+        longest beginning that fits where the author's ids were counted for but the other's are more.
+        """
+        if not self._differ:
+            return dict.fromkeys(Role, body), True
+        mine, (other,) = self._voices[author].format, [role for role in self._voices if role is not author]
+        limit = chain.max_next_tokens if other is Role.base else chain.contexts[other].room
+        for size in range(len(body), -1, -1):
+            whole = _whole_characters(mine, body[:size])
+            translated = tuple(self._voices[other].format.encode_text(mine.decode(whole)))
+            if len(translated) <= limit:
+                break
+        return {author: whole, other: translated}, size == len(body)
 
     def _ended_by(self, chat: ChatFormat, completion: Completion) -> EndedBy:
         if completion.finish_reason is FinishReason.length and not _ends_blank(chat, completion.token_ids):
@@ -229,7 +266,7 @@ class Translator:
     def _has_unsplit_blank_line(self, step: WrittenStep) -> bool:
         """Whether it holds a blank line besides the token that ended it."""
         ids = step.token_ids[:-1] if step.ended_by is EndedBy.blank_line else step.token_ids
-        return BLANK_LINE in self._decode(ids)
+        return BLANK_LINE in self._voices[step.author].format.decode(ids)
 
     def _ends_from_prefixes(self, bodies: list[tuple[int, ...]]) -> list[int]:
         prefix: tuple[int, ...] = ()
@@ -242,8 +279,33 @@ class Translator:
 
 def _step_sampling(voice: Voice) -> Sampling:
     chat = voice.format
-    stops = {chat.think_close_id, *chat.end_ids, *chat.blank_line_ids}
-    return voice.steps.sampling(stops, () if chat.blank_line_ids else (BLANK_LINE,))
+    stops = {*chat.end_ids, *chat.blank_line_ids}
+    strings = [] if chat.blank_line_ids else [BLANK_LINE]
+    if chat.think_close_id is None:
+        strings.append(chat.options.think_close)
+    else:
+        stops.add(chat.think_close_id)
+    return voice.steps.sampling(stops, tuple(strings))
+
+
+def _before_spelt_close(chat: ChatFormat, body: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What stands before a think-close tag that is spelt out; None if there is none. A token may hold both."""
+    text = chat.decode(body)
+    end = text.find(chat.options.think_close)
+    if end < 0:
+        return None
+    for size in range(len(body), -1, -1):
+        before = chat.decode(body[:size])
+        if len(before) <= end and text.startswith(before):
+            return (*body[:size], *chat.encode_text(text[len(before) : end]))
+    raise AssertionError("the empty beginning fits")
+
+
+def _whole_characters(chat: ChatFormat, body: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the tokens at its end that leave a character incomplete."""
+    while body and chat.decode(body).endswith(_HELD_BACK):
+        body = body[:-1]
+    return body
 
 
 def _marker_meaning(chat: ChatFormat, id: int) -> EndedBy:

@@ -255,7 +255,6 @@ def test_the_same_entries_with_other_ends_are_not_the_same_vocabulary() -> None:
     [
         ({"template": None}, {}, r"base model: its tokenizer has no chat template; give one with base\.chat\.template"),
         ({"eos": None}, {}, "base model: its tokenizer names no end-of-text token"),
-        ({}, {"think_close": "</reasoning>"}, r"base\.chat\.think_close: '</reasoning>' is \d+ tokens .* a single one"),
         ({}, {"template": "hello<think>"}, "base model: its chat template drops the user turn"),
         ({}, {"template": "{{ messages[-1].content }}<think>"}, "base model: its chat template drops the user turn"),
         (

@@ -46,8 +46,9 @@ def kept_rows(run: Run) -> dict[tuple[str, int], tuple[Row, list[Row]]]:
 
 
 def same_windows(world: World) -> World:
-    """No chain's length depends on who else has a window or a grading turn to keep free."""
+    """No chain's length depends on who else has a window, a grading turn to keep free, or ids to count it in."""
     limits = replace(world.limits, generated_tokens=None)
+    world = replace(world, other_vocabulary=False)
     return replace(world, windows=(4096, 4096), limits=limits, mass_floor=0.0, temperature=0.6)
 
 

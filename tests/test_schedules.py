@@ -464,7 +464,8 @@ def _is_grade(request: Request) -> bool:
 
 
 def _is_answer(world: World, role: Role, request: Request) -> bool:
-    return request.prompt_token_ids[-1] == world.formats[role].think_close_id
+    close = list(world.formats[role].think_close_ids)
+    return request.prompt_token_ids[-len(close) :] == close
 
 
 def _nonzero(*sizes: int) -> list[int]:

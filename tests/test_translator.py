@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from specreason_batch.chain import Chain
+from specreason_batch.chain import Chain, Limits
 from specreason_batch.translator import Translator
 from specreason_batch.types import (
     AnswerEnd,
@@ -56,7 +56,7 @@ def written(
 ) -> WrittenStep:
     """What is read from this completion of a Write."""
     completion = Completion(request_id="0", token_ids=tuple(ids), finish_reason=reason)
-    step = translator(world).result(Write(role), completion)
+    step = translator(world).result(opened(world), Write(role), completion)
     assert isinstance(step, WrittenStep)
     return step
 
@@ -164,7 +164,7 @@ def test_a_vocabulary_without_a_blank_line_stops_at_a_string(role: Role) -> None
 @pytest.mark.parametrize("ask", [Write(Role.base), WriteAnswer()])
 def test_an_unfinished_completion_is_never_read(reason: FinishReason, ask: Write | WriteAnswer) -> None:
     with pytest.raises(AssertionError):
-        translator().result(ask, Completion(request_id="0", token_ids=(65,), finish_reason=reason))
+        translator().result(opened(), ask, Completion(request_id="0", token_ids=(65,), finish_reason=reason))
 
 
 # --- what is asked for ---
@@ -282,7 +282,7 @@ PINNED_SEEDS = (2606024652530248270, 2632728037987755099, 3322544418449765427, 1
 def test_an_answer_loses_its_end_of_text_and_nothing_else() -> None:
     ids = ids_of("\\boxed{4}\n\n so</think><|im_end|>")
     answer = translator().result(
-        WriteAnswer(), Completion(request_id="0", token_ids=tuple(ids), finish_reason=FinishReason.stop)
+        opened(), WriteAnswer(), Completion(request_id="0", token_ids=tuple(ids), finish_reason=FinishReason.stop)
     )
     assert isinstance(answer, WrittenAnswer)
     assert (answer.ended, answer.num_tokens) == (AnswerEnd.stop, len(ids))
@@ -292,7 +292,7 @@ def test_an_answer_loses_its_end_of_text_and_nothing_else() -> None:
 def test_an_answer_cut_at_its_length_says_so() -> None:
     ids = ids_of("\\boxed{4")
     answer = translator().result(
-        WriteAnswer(), Completion(request_id="0", token_ids=tuple(ids), finish_reason=FinishReason.length)
+        opened(), WriteAnswer(), Completion(request_id="0", token_ids=tuple(ids), finish_reason=FinishReason.length)
     )
     assert isinstance(answer, WrittenAnswer)
     assert (answer.ended, translator().answer_text(answer)) == (AnswerEnd.length, "\\boxed{4")
@@ -385,7 +385,7 @@ def test_case_b_bodies_are_decoded_alike_whoever_wrote_them() -> None:
 def test_an_unreadable_grade_is_read_as_none_through_the_translator() -> None:
     completion = Completion(request_id="0", token_ids=(65,), finish_reason=FinishReason.length, logprobs={})
     draft = written(ids_of(" so\n\n"), Role.draft)
-    assert translator().result(GradeOf(draft), completion) == Grade((0.0,) * 10, 0.0, None)
+    assert translator().result(opened(), GradeOf(draft), completion) == Grade((0.0,) * 10, 0.0, None)
 
 
 def _joined(bodies: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -434,3 +434,68 @@ def _steps_of(ids: list[int], max_tokens: int) -> list[list[int]]:
         if id in chat.blank_line_ids or id in chat.marker_ids or len(steps[-1]) == max_tokens:
             steps.append([])
     return [step for step in steps if step]
+
+
+# --- two vocabularies, and a think tag of several tokens ---
+
+APART = World(other_vocabulary=True)
+SPELT = World(spelt_close=True)
+
+
+def drafted(
+    text: str, world: World, reason: FinishReason = FinishReason.stop, chain: Chain | None = None
+) -> WrittenStep:
+    """What is read of a draft's completion that says this."""
+    ids = tuple(world.formats[Role.draft].encode_text(text))
+    completion = Completion(request_id="0", token_ids=ids, finish_reason=reason)
+    step = translator(world).result(chain or opened(world), Write(Role.draft), completion)
+    assert isinstance(step, WrittenStep)
+    return step
+
+
+def test_where_vocabularies_differ_each_role_gets_its_own_ids_of_the_same_text() -> None:
+    step = drafted(" so we add x7 é\n\n", APART)
+    texts = {role: APART.formats[role].decode(ids) for role, ids in step.bodies.items()}
+    assert texts == dict.fromkeys(Role, " so we add x7 é\n\n")
+    assert step.bodies[Role.draft] != step.bodies[Role.base]
+    assert step.token_ids == step.bodies[Role.draft]
+
+
+def test_a_step_in_mid_character_ends_before_it_for_both_roles() -> None:
+    draft = APART.formats[Role.draft]
+    ids = tuple(draft.encode_text(" so 😀"))[:-1]
+    completion = Completion(request_id="0", token_ids=ids, finish_reason=FinishReason.length)
+    step = translator(APART).result(opened(APART), Write(Role.draft), completion)
+    assert isinstance(step, WrittenStep)
+    assert {APART.formats[role].decode(body) for role, body in step.bodies.items()} == {" so "}
+    assert step.num_tokens == len(ids), "what was generated is counted"
+
+
+def test_a_step_that_is_longer_in_the_other_vocabulary_is_cut_to_what_fits_there() -> None:
+    """A word that is one token of the draft's is four of the base's."""
+    world = replace(APART, limits=Limits(max_step_tokens=5, thinking_tokens=60))
+    step = drafted("stem.stem", world)
+    assert (len(step.bodies[Role.draft]), len(step.bodies[Role.base]), step.num_tokens) == (2, 5, 3)
+    assert step.ended_by is EndedBy.max_tokens
+    assert {world.formats[role].decode(body) for role, body in step.bodies.items()} == {"stem."}
+
+
+def test_a_think_tag_of_several_tokens_closes_wherever_it_begins() -> None:
+    close = SPELT.formats[Role.draft].options.think_close
+    assert SPELT.formats[Role.draft].think_close_id is None
+    for before in ("", " so we", " so.", "é"):
+        step = drafted(before + close, SPELT)
+        assert step.ended_by is EndedBy.think_close and step.closes
+        assert SPELT.formats[Role.draft].decode(step.token_ids) == before
+    assert drafted(" so <", SPELT, FinishReason.length).ended_by is EndedBy.max_tokens
+
+
+def test_a_think_tag_of_several_tokens_is_a_stop_string_and_closes_with_all_of_them() -> None:
+    world = replace(SPELT, answer_role=Role.draft)
+    chat = world.formats[Role.draft]
+    chain = opened(world)
+    sampling = translator(world).request(chain, Write(Role.draft), "0").sampling
+    assert chat.options.think_close in sampling.stop_strings
+    assert not set(chat.think_close_ids) & set(sampling.stop_token_ids)
+    request = translator(world).request(chain, WriteAnswer(Role.draft), "0")
+    assert request.suffix_token_ids == chat.think_close_ids and len(chat.think_close_ids) > 1

@@ -33,7 +33,7 @@ class Translation(Protocol):
 
     def request(self, chain: Chain, ask: Ask, request_id: str) -> Request: ...
 
-    def result(self, ask: Ask, completion: Completion) -> Result: ...
+    def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result: ...
 
 
 class Outstanding(NamedTuple):
@@ -251,7 +251,7 @@ class Driver:
             walk.give_up(f"the {ask.engine} engine refused a request: {completion.error}")
             self._finished.append(walk.chain)
             return walk
-        walk.results[place] = self.translator.result(ask, completion)
+        walk.results[place] = self.translator.result(walk.chain, ask, completion)
         if not walk.can_advance:
             return None
         self._advance(walk)

@@ -13,7 +13,6 @@ from typing import Any
 from specreason_batch.judge import Reading
 from specreason_batch.seeds import stable_coin, stable_seed
 from specreason_batch.types import Completion, Request, Role, Sampling
-from tests.support.vocabulary import token_bytes
 from tests.support.worlds import World
 
 Row = dict[str, Any]
@@ -32,6 +31,11 @@ class Written:
     body: list[int]
     num_tokens: int
     ended_by: str
+    base_body: list[int]  # in each role's ids
+    draft_body: list[int]
+
+    def in_ids_of(self, role: Role) -> list[int]:
+        return self.base_body if role is Role.base else self.draft_body
 
     @property
     def closes(self) -> bool:
@@ -45,16 +49,18 @@ class PlainLoop:
         self.world = world
         self.formats = world.formats
         self.models = {role: world.model(role) for role in world.roles}
-        self.bytes = token_bytes(world.blank_line)
+        self.bytes = {role: world.token_bytes(role) for role in Role}
+        self.differ = len(self.formats) == 2 and world.other_vocabulary
         self.prompt_id, self.prompt, self.sample_index = prompt_id, prompt, sample_index
         self.seed = stable_seed(world.run_seed, prompt_id, sample_index)
         self.context = {role: list(chat.opening(prompt)) for role, chat in self.formats.items()}
         self.turn = list(world.judge.turn) if world.judge else []
-        self.reserve = 1 + world.max_answer_tokens + (len(self.turn) + 1 if self.turn else 0)
+        close = max(len(chat.think_close_ids) for chat in self.formats.values())
+        self.reserve = close + world.max_answer_tokens + (len(self.turn) + 1 if self.turn else 0)
         self.kept = self.generated = self.grade_prompt_tokens = 0
         self.repeats = 0
         self.steps: list[Row] = []
-        self.bodies: list[list[int]] = []
+        self.bodies: list[bytes] = []
         self.thinking_end: str | None = None
         self.last_words: list[int] | None = None
 
@@ -114,33 +120,68 @@ class PlainLoop:
 
     def write(self, role: Role) -> Written:
         chat = self.formats[role]
-        blank_ids = {id for id, spelt in self.bytes.items() if b"\n\n" in spelt}
+        known = self.bytes[role]
+        tag = chat.options.think_close.encode() if len(chat.think_close_ids) > 1 else b""
+        blank_ids = {id for id, spelt in known.items() if b"\n\n" in spelt}
         sampling = Sampling(
             temperature=self.world.temperature,
             top_p=0.95,
-            stop_token_ids=tuple({chat.think_close_id, *chat.end_ids, *blank_ids}),
-            stop_strings=() if blank_ids else ("\n\n",),
+            stop_token_ids=tuple({*chat.end_ids, *blank_ids} | (set() if tag else set(chat.think_close_ids))),
+            stop_strings=(*([] if blank_ids else ["\n\n"]), *([tag.decode()] if tag else [])),
         )
         max_tokens = min(self.world.limits.max_step_tokens, self.budget_left(), self.room())
         ids = self.ask(role, self.context[role], max_tokens, sampling, "step").token_ids
         body: list[int] = []
+        ended_by = ""
         for id in ids:
-            if id not in self.bytes:
+            if id not in known:
                 ended_by = "special"
-                if id == chat.think_close_id:
+                if [id] == list(chat.think_close_ids):
                     ended_by = "think_close"
                 elif id in chat.end_ids:
                     ended_by = "end_of_text"
-                return Written(role, body, len(ids), ended_by)
+                break
             body.append(id)
-        spelt = self.spell(body)
-        ends_blank = b"\n\n" in self.bytes[body[-1]] if blank_ids else spelt.endswith(b"\n\n")
-        return Written(role, body, len(ids), "blank_line" if ends_blank else "max_tokens")
+        spelt = self.spell(role, body)
+        if tag and tag in spelt:
+            return self.in_both(role, self.before(role, body, spelt.index(tag)), len(ids), "think_close")
+        if ended_by:
+            return self.in_both(role, body, len(ids), ended_by)
+        ends_blank = b"\n\n" in known[body[-1]] if blank_ids else spelt.endswith(b"\n\n")
+        return self.in_both(role, body, len(ids), "blank_line" if ends_blank else "max_tokens")
+
+    def before(self, role: Role, body: list[int], end: int) -> list[int]:
+        """The step up to that byte: whole tokens, and the rest of one that goes beyond it spelt anew."""
+        size = 0
+        while len(self.spell(role, body[: size + 1])) <= end:
+            size += 1
+        rest = self.spell(role, body)[len(self.spell(role, body[:size])) : end]
+        return body[:size] + list(self.formats[role].encode_text(rest.decode()))
+
+    def in_both(self, role: Role, body: list[int], num_tokens: int, ended_by: str) -> Written:
+        """In the other role's ids too: the same, or its own of the same whole characters, as many as fit."""
+        if not self.differ:
+            return Written(role, body, num_tokens, ended_by, body, body)
+        other = Role.base if role is Role.draft else Role.draft
+        fits = self.world.window(other) - self.reserve - len(self.context[other])
+        if other is Role.base:
+            fits = min(self.room(), self.budget_left(), self.world.limits.max_step_tokens)
+        left = list(body)
+        while True:
+            while self.spell(role, left).decode(errors="replace").endswith("\ufffd"):
+                left = left[:-1]
+            text = self.spell(role, left).decode(errors="replace")
+            theirs = list(self.formats[other].encode_text(text))
+            if len(theirs) <= fits:
+                break
+            left, ended_by = left[:-1], "max_tokens"
+        base, draft = (left, theirs) if role is Role.base else (theirs, left)
+        return Written(role, left, num_tokens, ended_by, base, draft)
 
     def grade(self, draft: Written) -> Row:
         judge = self.world.judge
         assert judge is not None
-        prompt = self.context[Role.base] + draft.body + self.turn
+        prompt = self.context[Role.base] + draft.base_body + self.turn
         self.grade_prompt_tokens += len(prompt)
         sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids)
         completion = self.ask(Role.base, prompt, 1, sampling, "grade")
@@ -172,7 +213,7 @@ class PlainLoop:
                 "ended_by": step.ended_by,
                 "token_ids": step.body,
                 "num_tokens": step.num_tokens,
-                "rejected_text": None if rejected is None else self.spell(rejected.body).decode(errors="replace"),
+                "rejected_text": None if rejected is None else self.text_of(rejected),
                 "rejected_num_tokens": None if rejected is None else rejected.num_tokens,
                 "score": score,
                 "digit_probs": digit_probs,
@@ -180,19 +221,19 @@ class PlainLoop:
                 "accepted": accepted,
             }
         )
-        self.bodies.append(step.body)
+        self.bodies.append(self.spell(step.author, step.body))
         for role in self.context:
-            self.context[role] = self.context[role] + step.body
-        self.kept += len(step.body)
+            self.context[role] = self.context[role] + step.in_ids_of(role)
+        self.kept += len(step.base_body)
         self.generated += step.num_tokens + (rejected.num_tokens if rejected else 0)
-        self.count_repeats(step.body)
+        self.count_repeats(step)
         self.thinking_end = self.end_after(step)
 
-    def count_repeats(self, body: list[int]) -> None:
-        if body == self.last_words or not self.spell(body).strip():
+    def count_repeats(self, step: Written) -> None:
+        if step.base_body == self.last_words or not self.spell(step.author, step.body).strip():
             self.repeats += 1
         else:
-            self.repeats, self.last_words = 1, body
+            self.repeats, self.last_words = 1, step.base_body
 
     def end_after(self, step: Written) -> str | None:
         if step.closes:
@@ -209,7 +250,7 @@ class PlainLoop:
         role = self.world.answer_role
         chat = self.formats[role]
         sampling = Sampling(temperature=self.world.temperature, top_p=0.95, stop_token_ids=tuple(chat.end_ids))
-        prompt = [*self.context[role], chat.think_close_id]
+        prompt = [*self.context[role], *chat.think_close_ids]
         ids = list(self.ask(role, prompt, self.world.max_answer_tokens, sampling, "answer").token_ids)
         if ids[-1] in chat.end_ids:
             return self.shown(ids[:-1], role), len(ids), "stop"
@@ -219,12 +260,15 @@ class PlainLoop:
         """Each step's characters, where a character belongs to the step that brings its last byte."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         last = len(self.bodies) - 1
-        pieces = [decoder.decode(self.spell(body), final=index == last) for index, body in enumerate(self.bodies)]
+        pieces = [decoder.decode(body, final=index == last) for index, body in enumerate(self.bodies)]
         ends = [sum(map(len, pieces[: index + 1])) for index in range(len(pieces))]
         return "".join(pieces), list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def spell(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.bytes[id] for id in ids)
+    def spell(self, role: Role, ids: Sequence[int]) -> bytes:
+        return b"".join(self.bytes[role][id] for id in ids)
+
+    def text_of(self, step: Written) -> str:
+        return self.spell(step.author, step.body).decode(errors="replace")
 
     def shown(self, ids: Sequence[int], role: Role) -> str:
         """With special tokens as their names."""
@@ -234,7 +278,7 @@ class PlainLoop:
             if id in names:
                 pieces += [names[id], b""]
             else:
-                pieces[-1] += self.bytes[id]
+                pieces[-1] += self.bytes[role][id]
         return b"".join(piece for piece in pieces).decode(errors="replace")
 
     def ask(self, role: Role, prompt: list[int], max_tokens: int, sampling: Sampling, kind: str) -> Completion:

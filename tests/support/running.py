@@ -28,7 +28,9 @@ def translator_of(world: World) -> Translator:
         role: Voice(format=chat, window=world.window(role), steps=decoding, answers=decoding)
         for role, chat in world.formats.items()
     }
-    return Translator(voices, world.judge, world.limits, world.max_answer_tokens, world.run_seed, world.seeded)
+    return Translator(
+        voices, world.judge, world.limits, world.max_answer_tokens, world.run_seed, world.seeded, world.vocabulary_case
+    )
 
 
 def policy_of(world: World) -> Policy:

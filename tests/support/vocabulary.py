@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 # "\n\n" and ".\n\n" are pieces of their own, digits are single, everything else is words.
 PIECES = r"\.?\n\n|\n|\d| ?[^\s\d.]+|\.|\s"
+OTHER_WORDS = (" so we", " ad", "aga", " yes", " no", "stem", " st", "x7")
 WORDS = (" so", " we", " add", "again", " no", " yes", "user", "system", "assistant", " step", " wait", "box")
 
 CHATML = """\
@@ -68,11 +69,13 @@ def _spelt(text: str) -> str:
 
 
 @cache
-def _entries(blank_line: bool, extra: tuple[str, ...] = ()) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary and the merges that build its words."""
+def _entries(
+    blank_line: bool, extra: tuple[str, ...] = (), other: bool = False
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary and the merges that build its words. `other`: one with other words, and other ids for all of it."""
     vocabulary = {character: byte for byte, character in BYTE_CHARACTERS.items()}
     merges: list[tuple[str, str]] = []
-    pieces = [*(["\n\n"] if blank_line else []), *WORDS, *extra]
+    pieces = [*(["\n\n"] if blank_line else []), *(OTHER_WORDS if other else WORDS), *extra]
     splits = [(_spelt(piece)[:size], _spelt(piece)[size]) for piece in pieces for size in range(1, len(_spelt(piece)))]
     if blank_line:
         splits.append((".", _spelt("\n\n")))
@@ -80,6 +83,8 @@ def _entries(blank_line: bool, extra: tuple[str, ...] = ()) -> tuple[dict[str, i
         if left + right not in vocabulary:
             vocabulary[left + right] = len(vocabulary)
             merges.append((left, right))
+    if other:
+        vocabulary = {entry: len(vocabulary) - 1 - id for entry, id in vocabulary.items()}
     return vocabulary, merges
 
 
@@ -89,9 +94,10 @@ def make_tokenizer(
     template: str | None = CHATML,
     blank_line: bool = True,
     extra_words: tuple[str, ...] = (),
+    other: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A whole tokenizer. `blank_line`: whether the vocabulary has entries with a blank line in them."""
-    vocabulary, merges = _entries(blank_line, extra_words)
+    vocabulary, merges = _entries(blank_line, extra_words, other)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -105,7 +111,8 @@ def make_tokenizer(
 
 
 @cache
-def token_bytes(blank_line: bool = True) -> dict[int, bytes]:
+def token_bytes(blank_line: bool = True, other: bool = False) -> dict[int, bytes]:
     """The bytes of each ordinary entry."""
     byte_of = {character: byte for byte, character in BYTE_CHARACTERS.items()}
-    return {id: bytes(byte_of[character] for character in entry) for entry, id in _entries(blank_line)[0].items()}
+    vocabulary, _ = _entries(blank_line, (), other)
+    return {id: bytes(byte_of[character] for character in entry) for entry, id in vocabulary.items()}

@@ -15,7 +15,7 @@ from random import Random
 from hypothesis import strategies as st
 
 from specreason_batch.chain import Limits
-from specreason_batch.chat import ChatFormat, ChatOptions
+from specreason_batch.chat import ChatFormat, ChatOptions, VocabularyCase, compare_vocabularies
 from specreason_batch.judge import Judge, Question, Reading
 from specreason_batch.types import Completion, FinishReason, Request, Role
 from tests.support.vocabulary import CHATML, CHATML_SPECIALS, R1, R1_SPECIALS, make_tokenizer, token_bytes
@@ -34,14 +34,17 @@ PROMPTS = (
 
 
 @cache
-def chat_format(role: Role, family: str = "chatml", blank_line: bool = True) -> ChatFormat:
-    """A role's format of a family, chatml or r1."""
+def chat_format(
+    role: Role, family: str = "chatml", blank_line: bool = True, other: bool = False, spelt_close: bool = False
+) -> ChatFormat:
+    """A role's format of a family, chatml or r1. `other`: with another vocabulary; `spelt_close`: see World."""
+    options = ChatOptions(think_close="</box>") if spelt_close else ChatOptions()
     if family == "r1":
-        tokenizer = make_tokenizer(R1_SPECIALS, "<|end|>", R1, blank_line)
-        return ChatFormat(role, tokenizer, ChatOptions())
+        tokenizer = make_tokenizer(R1_SPECIALS, "<|end|>", R1, blank_line, other=other)
+        return ChatFormat(role, tokenizer, options)
     tokenizer = make_tokenizer(CHATML_SPECIALS, "<|im_end|>", CHATML, blank_line)
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    return ChatFormat(role, tokenizer, ChatOptions(), [end_of_text])
+    return ChatFormat(role, tokenizer, options, [end_of_text])
 
 
 @cache
@@ -70,6 +73,8 @@ class World:
     seeded: bool = True
     policy: str = "specreason"
     other_specials: bool = False  # the draft of another family: vocabulary case (b)
+    other_vocabulary: bool = False  # and with another vocabulary: case (c)
+    spelt_close: bool = False  # the draft's think-close takes several tokens
     blank_line: bool = True  # False: a vocabulary without an entry for a blank line
     threshold: float = 4.0
     first_n_base_steps: int = 0
@@ -96,12 +101,20 @@ class World:
 
     @property
     def formats(self) -> dict[Role, ChatFormat]:
-        family = "r1" if self.other_specials else "chatml"
+        family = "r1" if self.other_specials or self.other_vocabulary else "chatml"
         both = {
-            Role.draft: chat_format(Role.draft, family, self.blank_line),
+            Role.draft: chat_format(Role.draft, family, self.blank_line, self.other_vocabulary, self.spelt_close),
             Role.base: chat_format(Role.base, "chatml", self.blank_line),
         }
         return {role: both[role] for role in self.roles}
+
+    @property
+    def vocabulary_case(self) -> VocabularyCase | None:
+        formats = self.formats
+        return compare_vocabularies(formats[Role.draft], formats[Role.base]) if len(formats) == 2 else None
+
+    def token_bytes(self, role: Role) -> dict[int, bytes]:
+        return token_bytes(self.blank_line, self.other_vocabulary and role is Role.draft)
 
     @property
     def judge(self) -> Judge | None:
@@ -159,7 +172,7 @@ class ScriptedModel:
     def _has_stop_string(self, ids: list[int], request: Request) -> bool:
         if not request.sampling.stop_strings:
             return False
-        known = token_bytes(self.world.blank_line)
+        known = self.world.token_bytes(self.role)
         text = b"".join(known.get(id, b"<>") for id in ids)
         return any(stop.encode() in text for stop in request.sampling.stop_strings)
 
@@ -171,7 +184,9 @@ class ScriptedModel:
         while True:
             draw = random.random()
             if draw < 2 * self.world.close_rate:
-                yield chat.think_close_id if draw < self.world.close_rate else random.choice(sorted(chat.end_ids))
+                yield from (
+                    chat.think_close_ids if draw < self.world.close_rate else [random.choice(sorted(chat.end_ids))]
+                )
             elif draw > 0.98:
                 yield random.choice(sorted(chat.marker_ids - chat.end_ids - {chat.think_close_id}))
             elif draw > 0.88:
@@ -183,13 +198,14 @@ class ScriptedModel:
 
     def _rest_of_character(self, prompt: list[int]) -> list[int]:
         """What completes a character whose bytes a step's end has split."""
-        known = token_bytes(self.world.blank_line)
+        known = self.world.token_bytes(self.role)
         tail = b"".join(known.get(id, b"<>") for id in prompt[-3:])
         for character in CHARACTERS:
             spelt = character.encode()
             for size in range(len(spelt) - 1, 0, -1):
                 if tail.endswith(spelt[:size]):
-                    return list(spelt[size:])  # a byte's id is the byte
+                    ids = {bytes_: id for id, bytes_ in known.items()}
+                    return [ids[bytes([byte])] for byte in spelt[size:]]
         return []
 
     def _graded(self, request: Request, random: Random) -> Completion:
@@ -237,6 +253,8 @@ def worlds(draw: st.DrawFn, policies: tuple[str, ...] = POLICY_NAMES) -> World:
         seeded=draw(st.booleans()),
         policy=policy,
         other_specials=draw(st.booleans()),
+        other_vocabulary=draw(st.booleans()),
+        spelt_close=draw(st.booleans()),
         blank_line=draw(st.sampled_from([True, True, False])),
         threshold=draw(threshold),
         first_n_base_steps=draw(st.sampled_from([0, 0, 1, 3])),
