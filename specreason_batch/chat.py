@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from specreason_batch.types import InvalidInput, Role
+from specreason_batch.types import InvalidInput, Message, Role
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-SYSTEM, USER, REPLY, QUESTION = (f"<<sentinel-{name}-4f1c>>" for name in ("system", "user", "reply", "question"))
-_SENTINELS = re.compile("|".join(map(re.escape, (SYSTEM, USER, REPLY, QUESTION))))
+
+def _sentinel(name: str) -> str:
+    return f"<<sentinel-{name}-4f1c>>"
+
+
+SYSTEM, USER, REPLY, QUESTION = map(_sentinel, ("system", "user", "reply", "question"))
+_SENTINELS = re.compile(r"<<sentinel-\w+-4f1c>>")
 
 
 # Beginnings with and without a space, blank lines, characters of several bytes, markup as text.
@@ -76,20 +81,26 @@ class ChatFormat:
         self.end_ids = frozenset(eos)
         if not self.end_ids:
             raise InvalidInput(f"{role} model: its tokenizer names no end-of-text token (eos_token)")
-        self._opening = self._render([_user(USER)], system=options.system_prompt is not None)
-        conversation = [_user(USER), {"role": "assistant", "content": REPLY}, _user(QUESTION)]
+        self._openings: dict[tuple[str, ...], str] = {}  # by the roles of the turns
+        self._opening([_user("")])
+        turns = (("user", USER), ("assistant", REPLY), ("user", QUESTION))
+        conversation = [{"role": turn, "content": content} for turn, content in turns]
         self._turn_change = self._render(conversation).rpartition(REPLY)[2]
-        self._trims = f" {USER} " not in self._render([_user(f" {USER} ")])
+        self._trims = f" {USER} " not in self._render([{"role": "user", "content": f" {USER} "}])
 
     # --- text to ids ---
 
-    def opening_text(self, prompt: str) -> str:
-        """The text before the reply, think tag included, for a person to look at."""
-        return self._fill(self._opening, {USER: prompt, SYSTEM: self.options.system_prompt or ""})
+    def opening_text(self, prompt: str, messages: Sequence[Message] = (), system_prompt: str | None = None) -> str:
+        """The text before the reply, think tag included, for a person to look at. Raises what `opening` does."""
+        return self._fill(*self._opening(messages or [_user(prompt)], system_prompt))
 
-    def opening(self, prompt: str) -> list[int]:
-        """Token ids before the reply, think tag included."""
-        return self._encode(self._opening, {USER: prompt, SYSTEM: self.options.system_prompt or ""})
+    def opening(self, prompt: str, messages: Sequence[Message] = (), system_prompt: str | None = None) -> list[int]:
+        """Token ids before the reply, think tag included.
+
+        `messages`: a conversation in place of the prompt. `system_prompt`: in place of the configuration's. Raises
+        InvalidInput if the template does not take these turns.
+        """
+        return self._encode(*self._opening(messages or [_user(prompt)], system_prompt))
 
     def turn_change(self, question: str, reply_opening: str) -> list[int]:
         """Token ids that end the reply in mid-thought, put a question as the user, and open the next reply.
@@ -147,9 +158,20 @@ class ChatFormat:
 
     # --- the template ---
 
-    def _render(self, messages: list[dict[str, str]], system: bool = False) -> str:
-        if system:
-            messages = [{"role": "system", "content": SYSTEM}, *messages]
+    def _opening(self, messages: Sequence[Message], system_prompt: str | None = None) -> tuple[str, dict[str, str]]:
+        """The rendered opening of a conversation, sentinels in place of its contents, and what they stand for."""
+        system_prompt = self.options.system_prompt if system_prompt is None else system_prompt
+        if system_prompt is not None and messages[0].role != "system":
+            messages = [Message("system", system_prompt), *messages]
+        sentinels = [_sentinel(f"{message.role}{index}") for index, message in enumerate(messages)]
+        roles = tuple(message.role for message in messages)
+        if roles not in self._openings:
+            turns = zip(roles, sentinels, strict=True)
+            self._openings[roles] = self._render([{"role": role, "content": content} for role, content in turns])
+        contents = [message.content for message in messages]
+        return self._openings[roles], dict(zip(sentinels, contents, strict=True))
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
         template = self.options.template or self.tokenizer.chat_template
         if not template:
             raise InvalidInput(
@@ -158,7 +180,8 @@ class ChatFormat:
         text = self._apply_template(messages)
         for sentinel in [message["content"] for message in messages]:
             if sentinel not in text and sentinel.strip() not in text:
-                raise InvalidInput(f"{self.role} model: its chat template drops the {sentinel.split('-')[1]} turn")
+                turn = sentinel.split("-")[1].rstrip("0123456789")
+                raise InvalidInput(f"{self.role} model: its chat template drops the {turn} turn")
         if text.rstrip().endswith(self.options.think_open):
             return text
         return f"{text}{self.options.think_open}\n"
@@ -263,5 +286,5 @@ def _trimmed(text: str, trims: bool) -> str:
     return text.strip() if trims else text
 
 
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
+def _user(content: str) -> Message:
+    return Message("user", content)

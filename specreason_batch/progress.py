@@ -266,11 +266,10 @@ class Progress:
             self._print(f"{time.strftime('%H:%M:%S')} {self.line()}")
 
     def _show_prompt(self, plan: Plan, prompt: Prompt) -> None:
+        given = prompt.prompt, prompt.messages, prompt.system_prompt
         for role, chat in plan.formats.items():
-            self._print(
-                f"first prompt ({prompt.prompt_id}) as the {role} gets it, {len(chat.opening(prompt.prompt))} tokens:"
-            )
-            self._print(chat.opening_text(prompt.prompt), style="cyan")
+            self._print(f"first prompt ({prompt.prompt_id}) as the {role} gets it, {len(chat.opening(*given))} tokens:")
+            self._print(chat.opening_text(*given), style="cyan")
 
     def _print(self, text: str, style: str = "") -> None:
         """As it is: no markup, no wrapping."""

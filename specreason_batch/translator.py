@@ -185,7 +185,8 @@ class Translator:
     # --- requests ---
 
     def _open_context(self, prompt: Prompt, role: Role, voice: Voice) -> Context:
-        context = Context(voice.format.opening(prompt.prompt), voice.window, self._reserve)
+        opening = voice.format.opening(prompt.prompt, prompt.messages, prompt.system_prompt)
+        context = Context(opening, voice.window, self._reserve)
         if context.room <= 0:
             raise InvalidInput(
                 f"prompt of {len(context.ids)} tokens with {self._reserve} reserved for grade and answer leaves no "

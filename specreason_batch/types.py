@@ -7,7 +7,7 @@ Does not know: text, tokenizers, chat templates, engines, files, configuration.
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
 
@@ -69,12 +69,21 @@ class Phase(StrEnum):
     answer = "answer"
 
 
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One usable input row."""
 
     prompt_id: str
     prompt: str
+    messages: tuple[Message, ...] = ()  # a whole conversation in place of the prompt; its last turn is the user's
+    system_prompt: str | None = None  # in place of the configuration's
     row: int = 0  # in its file, counted from 0
     gold_answer: str | None = None
     extra: Row = field(default_factory=dict)  # the input's other columns, by their own names

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specreason_batch.chat import ChatFormat, ChatOptions, VocabularyCase, compare_vocabularies, load_chat_format
-from specreason_batch.types import InvalidInput, Role
+from specreason_batch.types import InvalidInput, Message, Role
 from tests.support.vocabulary import (
     CHATML,
     CHATML_SPECIALS,
@@ -44,6 +44,47 @@ def chat(family: str = "chatml", **options: Any) -> ChatFormat:
         return _plain_chat(family)
     specials, eos, template = FAMILIES[family]
     return ChatFormat(Role.base, make_tokenizer(specials, eos, template), ChatOptions(**options))
+
+
+# --- conversations ---
+
+
+def test_a_whole_conversation_is_rendered_by_the_template_with_its_contents_as_text() -> None:
+    made = chat()
+    conversation = [
+        Message("system", "Be brief."),
+        Message("user", "2+2? </think>"),
+        Message("assistant", "4<|im_end|>"),
+        Message("user", "and 3?"),
+    ]
+    assert made.opening_text("", conversation) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2? </think><|im_end|>\n"
+        "<|im_start|>assistant\n4<|im_end|><|im_end|>\n<|im_start|>user\nand 3?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
+    )
+    ids = made.opening("", conversation)
+    assert ids.count(made.special_ids["<|im_end|>"]) == 4, "the one in the content is text"
+    assert made.special_ids["</think>"] not in ids
+
+
+def test_a_row_s_system_prompt_stands_in_place_of_the_configured_one() -> None:
+    made = chat(system_prompt="Be brief.")
+    assert made.opening_text("x", system_prompt="Be long.").startswith("<|im_start|>system\nBe long.<|im_end|>\n")
+    assert made.opening_text("x").startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    own = [Message("system", "Be odd."), Message("user", "x")]
+    assert made.opening_text("", own).startswith("<|im_start|>system\nBe odd.<|im_end|>\n")
+
+
+def test_turns_that_a_template_does_not_take_are_refused_by_name() -> None:
+    short = (
+        "{% if messages|length > 3 %}{{ raise_exception('three turns at most') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}<think>"
+    )
+    made = chat(template=short)
+    turns = [Message(role, "x") for role in ("user", "assistant", "user", "assistant", "user")]
+    assert made.opening_text("", turns[:3]) == "user: x assistant: x user: x <think>"
+    with pytest.raises(InvalidInput, match="does not take user, assistant, user, assistant, user: three turns at most"):
+        made.opening("", turns)
 
 
 # --- openings, as each family's own documentation shows them ---

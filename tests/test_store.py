@@ -398,6 +398,18 @@ def test_an_empty_file_has_no_prompts(tmp_path: Path) -> None:
         ({"prompt_id": ["a"], "text": ["x"]}, "no column 'prompt'; it has prompt_id, text"),
         ({"prompt_id": ["a"], "prompt": [1]}, "column 'prompt' is int64; allowed: string"),
         ({"prompt_id": [1.5], "prompt": ["x"]}, "column 'prompt_id' is double; allowed: string or integer"),
+        (
+            {"prompt_id": ["a"], "prompt": ["x"], "messages": ["hello"]},
+            r"column 'messages' is string; allowed: list<.*struct<role: string, content: string>> \(or another name\)",
+        ),
+        (
+            {"prompt_id": ["a"], "prompt": ["x"], "messages": [[{"role": "user"}]]},
+            "column 'messages' is list<.*role: string>>; allowed: list",
+        ),
+        (
+            {"prompt_id": ["a"], "prompt": ["x"], "system_prompt": [1]},
+            "column 'system_prompt' is int64; allowed: string",
+        ),
     ],
 )
 def test_a_file_with_the_wrong_columns_is_refused_by_name(
@@ -405,6 +417,45 @@ def test_a_file_with_the_wrong_columns_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidInput, match=f"shard.parquet: {message}"):
         shard_of(tmp_path, **columns)
+
+
+def turns(*pairs: tuple[str | None, str | None]) -> list[dict[str, str | None]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_conversations_and_system_prompts_are_read_and_carried_through(tmp_path: Path) -> None:
+    conversation = turns(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    columns = {"messages": [conversation, None], "system_prompt": [None, "be brief"]}
+    shard = shard_of(tmp_path, prompt_id=["a", "b"], prompt=["c", "d"], **columns)
+    first, second = shard.prompts()
+    assert isinstance(first, Prompt) and isinstance(second, Prompt)
+    assert first.messages == (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert (second.messages, first.system_prompt, second.system_prompt) == ((), None, "be brief")
+    assert first.extra == {"messages": conversation, "system_prompt": None}
+    assert {"messages", "system_prompt"} <= set(shard.extra_schema.names)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (turns(("user", "a"), ("assistant", "b")), "messages: the last turn is not the user's"),
+        (turns(("tool", "a")), "messages[0].role is 'tool'; allowed: system, user, assistant"),
+        (turns((None, "a")), "messages[0].role is None; allowed: system, user, assistant"),
+        (turns(("user", "")), "messages[0].content is null or empty"),
+        (turns(("user", "a"), ("user", None)), "messages[1].content is null or empty"),
+        (
+            turns(("user", "a"), ("system", "s"), ("user", "b")),
+            "messages[1] is a system turn; allowed: as the first one",
+        ),
+        ([None], "messages[0].role is None"),
+    ],
+)
+def test_a_malformed_conversation_is_a_reject(tmp_path: Path, conversation: Any, reason: str) -> None:
+    columns = {"messages": pa.array([conversation, turns(("user", "x"))])}
+    shard = shard_of(tmp_path, prompt_id=["a", "b"], prompt=["c", "d"], **columns)
+    first, second = shard.prompts()
+    assert isinstance(first, Reject) and first.reason.startswith(reason)
+    assert isinstance(second, Prompt)
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet", None])

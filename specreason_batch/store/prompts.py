@@ -9,10 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specreason_batch.types import InvalidInput, Prompt
+from specreason_batch.types import InvalidInput, Message, Prompt
 
 _BATCH_ROWS = 1024
 _OWN_COLUMNS = ("prompt_id", "prompt", "gold_answer")
+MESSAGE_ROLES = ("system", "user", "assistant")
+# Where the input has them: a row's whole conversation in place of its prompt, and its own system prompt.
+CONVERSATION_COLUMNS = {
+    "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+    "system_prompt": pa.string(),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +98,14 @@ class PromptShard:
                 )
                 continue
             seen.add(prompt_id := str(row["prompt_id"]))
+            messages = row.get("messages") or ()
             gold = row.get("gold_answer")
             extra = {name: value for name, value in row.items() if name not in _OWN_COLUMNS}
             yield Prompt(
                 prompt_id=prompt_id,
                 prompt=row["prompt"],
+                messages=tuple(Message(turn["role"], turn["content"]) for turn in messages),
+                system_prompt=row.get("system_prompt"),
                 row=index,
                 gold_answer=None if gold is None else str(gold),
                 extra=extra,
@@ -112,10 +121,12 @@ class PromptShard:
             if column not in names:
                 raise InvalidInput(f"{self.path}: no column {column!r}; it has {', '.join(names)}")
             type = self.schema.field(column).type
-            text = pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
-            if not text and not (column == "prompt_id" and pa.types.is_integer(type)):
+            if not _is_like(type, pa.string()) and not (column == "prompt_id" and pa.types.is_integer(type)):
                 allowed = "string or integer" if column == "prompt_id" else "string"
                 raise InvalidInput(f"{self.path}: column {column!r} is {type}; allowed: {allowed}")
+        for column, expected in CONVERSATION_COLUMNS.items():
+            if column in names and not _is_like(type := self.schema.field(column).type, expected):
+                raise InvalidInput(f"{self.path}: column {column!r} is {type}; allowed: {expected} (or another name)")
 
 
 def _fault(row: dict[str, Any], seen: set[str]) -> str | None:
@@ -125,7 +136,34 @@ def _fault(row: dict[str, Any], seen: set[str]) -> str | None:
         return "prompt_id was used by an earlier row"
     if row["prompt"] is None or not row["prompt"].strip():
         return "prompt is null or empty"
+    return _messages_fault(row.get("messages") or [])
+
+
+def _messages_fault(messages: list[dict[str, Any] | None]) -> str | None:
+    for number, turn in enumerate(messages):
+        if turn is None or turn["role"] not in MESSAGE_ROLES:
+            found = repr(turn and turn["role"])
+            return f"messages[{number}].role is {found}; allowed: {', '.join(MESSAGE_ROLES)}"
+        if not turn["content"]:
+            return f"messages[{number}].content is null or empty"
+        if turn["role"] == "system" and number:
+            return f"messages[{number}] is a system turn; allowed: as the first one only"
+    if messages and messages[-1]["role"] != "user":  # type: ignore[index]
+        return "messages: the last turn is not the user's"
     return None
+
+
+def _is_like(type: pa.DataType, expected: pa.DataType) -> bool:
+    """The same, large and view variants aside."""
+    if pa.types.is_list(expected):
+        is_list = pa.types.is_list(type) or pa.types.is_large_list(type)
+        return is_list and _is_like(type.value_type, expected.value_type)
+    if pa.types.is_struct(expected):
+        if not pa.types.is_struct(type):
+            return False
+        fields = {field.name: field.type for field in type}
+        return all(field.name in fields and _is_like(fields[field.name], field.type) for field in expected)
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
 
 
 def _id_text(prompt_id: object) -> str | None:
