@@ -223,12 +223,12 @@ def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Rust side raises plain Exception for a damaged tokenizer.json
         what = "no usable tokenizer in" if Path(model).is_dir() else "neither a folder nor in the hub's cache:"
-        raise InvalidInput(f"{role}.model: {what} {model!r} ({str(error).splitlines()[0]})") from error
+        raise InvalidInput(f"{role}.model: {what} {model!r} ({_first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidInput(f"{role}.model: {model!r} has no fast tokenizer (tokenizer.json)")
-    return ChatFormat(role, tokenizer, options, _generation_eos_ids(model))
+    return ChatFormat(role, tokenizer, options, _generation_eos_ids(role, model))
 
 
 def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
@@ -253,15 +253,26 @@ def check_round_trip(chat: ChatFormat) -> None:
             )
 
 
-def _generation_eos_ids(model: str) -> list[int]:
-    """End-of-text ids beyond the tokenizer's one, from the model's generation configuration if it has any."""
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def _generation_eos_ids(role: Role, model: str) -> list[int]:
+    """End-of-text ids beyond the tokenizer's one, from the model's generation configuration if it has any.
+
+    Raises InvalidInput if that is damaged.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
         return []
-    eos = json.loads(Path(path).read_text()).get("eos_token_id") or []
-    return [eos] if isinstance(eos, int) else list(eos)
+    try:
+        values = json.loads(Path(path).read_text())
+        eos = values.get("eos_token_id") or []
+        return [int(id) for id in ([eos] if isinstance(eos, int) else eos)]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InvalidInput(f"{role}.model: {path} is not a readable generation configuration: {error}") from error
 
 
 def _without_added_tokens(tokenizer: "Tokenizer") -> "Tokenizer":

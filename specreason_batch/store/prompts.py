@@ -112,8 +112,12 @@ class PromptShard:
             )
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        for batch in pq.ParquetFile(self.path).iter_batches(_BATCH_ROWS):
-            yield from batch.to_pylist()
+        """Raises InvalidInput where the file is damaged."""
+        try:
+            for batch in pq.ParquetFile(self.path).iter_batches(_BATCH_ROWS):
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise InvalidInput(f"input.path: {self.path} is damaged: {error}") from error
 
     def _check_columns(self) -> None:
         names = self.schema.names
