@@ -231,6 +231,17 @@ def load_chat_format(role: Role, model: str, options: ChatOptions, trust_remote_
     return ChatFormat(role, tokenizer, options, _generation_eos_ids(role, model))
 
 
+def is_known_architecture(model: str) -> bool:
+    """Whether transformers knows this folder's kind of model without code that the folder brings."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def compare_vocabularies(draft: ChatFormat, base: ChatFormat) -> VocabularyCase:
     """Which of the three cases holds for a pair, comparing ordinary entries by string."""
     if draft.ordinary_vocabulary != base.ordinary_vocabulary:

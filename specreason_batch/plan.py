@@ -3,14 +3,22 @@
 Owns: turning a valid configuration into a `Plan`, or refusing it. Does not know: engines.
 """
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from specreason_batch.chain import Chain, Policy
-from specreason_batch.chat import ChatFormat, VocabularyCase, check_round_trip, compare_vocabularies, load_chat_format
-from specreason_batch.config import DecodingConfig, GenerateConfig, PolicyConfig
+from specreason_batch.chat import (
+    ChatFormat,
+    VocabularyCase,
+    check_round_trip,
+    compare_vocabularies,
+    is_known_architecture,
+    load_chat_format,
+)
+from specreason_batch.config import DecodingConfig, EngineConfig, GenerateConfig, PolicyConfig
 from specreason_batch.judge import Judge, Question
 from specreason_batch.policies import POLICIES, PolicySpec, Rules
 from specreason_batch.store.manifest import claim_output, file_identity, fingerprint_fields
@@ -19,6 +27,9 @@ from specreason_batch.store.prompts import PromptShard, Reject, list_shards
 from specreason_batch.store.reading import acceptance_rate, rejected_rows
 from specreason_batch.translator import Decoding, Translator, Voice
 from specreason_batch.types import InvalidInput, Prompt, Role
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 @dataclass(slots=True)
@@ -74,6 +85,8 @@ def make_plan(config: GenerateConfig) -> Plan:
     spec = POLICIES[config.policy.name]
     rules = _rules(config.policy)
     config.policy.accept_rate = rules.accept_rate if config.policy.name == "random" else None
+    for role in sorted(spec.roles):
+        _check_model(role, config.engine(role))
     formats = {role: _load_format(config, role) for role in Role if role in spec.roles}
     case = _vocabulary_case(formats)
     judge = Judge(_question(config), formats[Role.base]) if spec.grades else None
@@ -147,6 +160,31 @@ def _rules(policy: PolicyConfig) -> Rules:
         accept_rate=0.0 if rate is None else rate,
         answer_role=policy.answer_role,
     )
+
+
+def _check_model(role: Role, engine: EngineConfig) -> None:
+    """What a model's folder must hold, so that nothing is missed only after minutes of loading. Raises InvalidInput.
+
+    Of a name that is no folder, the hub's cache knows.
+    """
+    folder = Path(engine.model)
+    if not folder.is_dir():
+        return
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        has_own_code = "auto_map" in settings and not is_known_architecture(engine.model)
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"{role}.model: {folder} has no readable config.json: {error}") from error
+    if has_own_code and not engine.trust_remote_code:
+        raise InvalidInput(
+            f"{role}.model: {folder} brings code of its own (auto_map in config.json), which would run here; "
+            f"allowed: with {role}.trust_remote_code=true, if you trust it"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
+        raise InvalidInput(f"{role}.model: {folder} holds no tokenizer; allowed: a file named {', '.join(TOKENIZERS)}")
+    has_weights = any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+    if not has_weights and engine.vllm_args.get("load_format") != "dummy":
+        raise InvalidInput(f"{role}.model: {folder} holds no weights; allowed: files named {', '.join(WEIGHTS)}")
 
 
 def _load_format(config: GenerateConfig, role: Role) -> ChatFormat:

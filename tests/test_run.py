@@ -1,6 +1,7 @@
 """One shard from open to commit: stop anywhere and resume gives the same rows once each (docs/design.md, 5 and 6)."""
 
 import io
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -466,6 +467,50 @@ def test_random_takes_its_rate_from_a_finished_run(place: Path) -> None:
     plan = make_plan(config)
     assert plan.config.policy.accept_rate == pytest.approx(sum(accepted) / len(accepted))
     assert 0.0 < sum(accepted) < len(accepted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no config", r"base\.model: .*base has no readable config\.json"),
+        ("torn config", r"base\.model: .*base has no readable config\.json"),
+        ("no weights", r"base\.model: .*base holds no weights; allowed: files named \*\.safetensors"),
+        ("no tokenizer", r"base\.model: .*base holds no tokenizer; allowed: a file named tokenizer\.json"),
+        ("own code", r"base\.model: .*brings code of its own .*allowed: with base\.trust_remote_code=true"),
+    ],
+)
+def test_a_model_folder_that_cannot_serve_is_refused_by_name(
+    place: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    models = tmp_path / "changed"
+    shutil.copytree(place / "models", models / "models")
+    write_prompts(models / "prompts.parquet")
+    base = models / "models" / "base"
+    match change:
+        case "no config":
+            (base / "config.json").unlink()
+        case "torn config":
+            (base / "config.json").write_text('{"model_type"')
+        case "no weights":
+            (base / "model.safetensors").unlink()
+        case "no tokenizer":
+            for path in base.glob("tokenizer*"):
+                path.unlink()
+        case "own code":
+            (base / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    config = make_config(models)
+    with pytest.raises(InvalidInput, match=message):
+        make_plan(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_model_folder_without_weights_serves_where_they_are_made_up(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "models", tmp_path / "changed" / "models")
+    write_prompts(tmp_path / "changed" / "prompts.parquet")
+    (tmp_path / "changed" / "models" / "base" / "model.safetensors").unlink()
+    config = make_config(tmp_path / "changed")
+    config.base.vllm_args = {"load_format": "dummy"}
+    assert make_plan(config).pending
 
 
 def test_a_refused_plan_writes_nothing(place: Path) -> None:
