@@ -22,11 +22,11 @@ demo: setup  ## the toy pair on a few prompts, from prompt shards to a report
 	@$(VENV)/bin/python -m jobs.demo
 
 test: setup  ## all tests that this machine can run, but for those that need a Slurm
-	@$(VENV)/bin/python -m pytest -m "not slurm"
+	@$(VENV)/bin/python -m pytest -m "not slurm" --durations=15
 
 test-slurm: setup  ## the tests on a real Slurm of their own; installs its Debian packages where it may
 	@tests/slurm/install
-	@$(VENV)/bin/python -m pytest -m slurm tests/slurm
+	@$(VENV)/bin/python -m pytest -m slurm tests/slurm --durations=5
 
 check: setup  ## lint, format and types; changes nothing
 	@$(VENV)/bin/ruff check

@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from specreason_batch.types import Coroutine, Grade, Prompt, Role, Step, ThinkingEnd, WrittenAnswer, WrittenStep
+from specreason_batch.types import (
+    Coroutine,
+    EndedBy,
+    Grade,
+    Prompt,
+    Role,
+    Step,
+    ThinkingEnd,
+    WrittenAnswer,
+    WrittenStep,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +115,7 @@ class Chain:
             context.ids.extend(written.bodies[role])
         self.num_kept_tokens += len(written.bodies[Role.base])
         self.num_generated_tokens += step.num_generated_tokens
-        self.thinking_end = ThinkingEnd.closed if written.closes else self._limit_reached()
+        self.thinking_end = ThinkingEnd.closed if written.closes else self._limit_reached(written)
 
     def replay(self, steps: Iterable[Step]) -> None:
         """Keep steps that were decided on before: the chain is then as it was after them."""
@@ -128,7 +138,10 @@ class Chain:
         last = next((step.written for step in reversed(self.steps) if not step.written.is_blank), None)
         return last is not None and last.bodies[Role.base] == written.bodies[Role.base]
 
-    def _limit_reached(self) -> ThinkingEnd | None:
+    def _limit_reached(self, last: WrittenStep | None = None) -> ThinkingEnd | None:
+        if last and last.ended_by is EndedBy.max_tokens and not last.bodies[Role.base]:
+            # Nothing of it fitted: in another vocabulary one token may be more than what is left.
+            return ThinkingEnd.budget if self._budget_left == self.max_next_tokens else ThinkingEnd.context
         if self.num_repeats >= self.limits.repeated_steps:
             return ThinkingEnd.repetition
         if self._budget_left <= 0:

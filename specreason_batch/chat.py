@@ -182,6 +182,11 @@ class ChatFormat:
             if sentinel not in text and sentinel.strip() not in text:
                 turn = sentinel.split("-")[1].rstrip("0123456789")
                 raise InvalidInput(f"{self.role} model: its chat template drops the {turn} turn")
+        if self.options.think_close in _SENTINELS.split(text)[-1]:  # after the last content
+            raise InvalidInput(
+                f"{self.role} model: its chat template closes thinking before the reply; allowed: one that leaves it "
+                f"open (see {self.role}.chat.template_kwargs)"
+            )
         if text.rstrip().endswith(self.options.think_open):
             return text
         return f"{text}{self.options.think_open}\n"

@@ -1,6 +1,5 @@
 """What many tests start from: the toy pair on engines, one in-process pair for the whole suite; a folder to run in."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from tests.support.configs import write_models, write_prompts
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def toy_engine_config(role: Role, **changes: object) -> EngineConfig:

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "slurm": set(),
     "pairs": set(),
     "submission": {"types", "config"},
+    "prepare": {"types", "seeds", "store", "prepare"},
     "progress": {"types", "chain", "rounds", "chat", "engine", "plan", "probe"},
     "engines": {"types", "clock", "config", "devices", "engine", "progress", "vllm_engine"},
     "shard": {

@@ -65,9 +65,9 @@ class PromptShard:
         """Raises InvalidInput if the file is no Parquet, or a needed column is missing or of the wrong type."""
         try:
             file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
+            shard = cls(path, file.schema_arrow, file.metadata.num_rows)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise InvalidInput(f"input.path: {path} is not a readable Parquet file: {error}") from error
-        shard = cls(path, file.schema_arrow, file.metadata.num_rows)
         shard._check_columns()
         return shard
 

@@ -3,6 +3,7 @@
 A stand-in is a folder with a config of the real architecture, a small byte-level tokenizer with the real special
 tokens, and a chat template of the real structure in our own words. Its weights are made up (`load_format=dummy`).
 """
+# ruff: noqa: RUF001 - DeepSeek's tokens are spelt with another bar
 
 import json
 import struct
@@ -175,16 +176,28 @@ class Family:
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _THINK = ("<think>", "</think>")
-_R1 = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
 _R1_SPECIAL = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>")
 _R1_MARKUP = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<|EOT|>")
+
+
+def _deepseek(template: str, other: bool = False) -> Family:
+    return Family(
+        template=template,
+        special=_R1_SPECIAL,
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        markup=_R1_MARKUP,
+        other=other,
+    )
+
+
 FAMILIES: Mapping[str, Family] = {
     "qwen2.5": Family(template=QWEN25, special=_CHATML, eos="<|im_end|>"),
     "qwq": Family(template=QWQ, special=_CHATML, eos="<|im_end|>", markup=("<tool_call>", "</tool_call>", *_THINK)),
     "qwen3": Family(template=QWEN3, special=_CHATML, eos="<|im_end|>", markup=("<tool_call>", "</tool_call>", *_THINK)),
-    "deepseek": Family(template=DEEPSEEK, special=_R1_SPECIAL, markup=_R1_MARKUP, **_R1),
-    "deepseek_older": Family(template=DEEPSEEK_OLDER, special=_R1_SPECIAL, markup=_R1_MARKUP, **_R1),
-    "deepseek_llama": Family(template=DEEPSEEK, special=_R1_SPECIAL, markup=_R1_MARKUP, other=True, **_R1),
+    "deepseek": _deepseek(DEEPSEEK),
+    "deepseek_older": _deepseek(DEEPSEEK_OLDER),
+    "deepseek_llama": _deepseek(DEEPSEEK, other=True),
     "llama3": Family(
         template=LLAMA3,
         special=("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

@@ -238,6 +238,9 @@ class PlainLoop:
     def end_after(self, step: Written) -> str | None:
         if step.closes:
             return "closed"
+        if step.ended_by == "max_tokens" and not step.base_body:  # nothing of it fitted into what is left
+            left = min(self.budget_left(), self.room(), self.world.limits.max_step_tokens)
+            return "budget" if left == self.budget_left() else "context"
         if self.repeats >= self.world.limits.repeated_steps:
             return "repetition"
         if self.budget_left() <= 0:
