@@ -139,9 +139,12 @@ class Chain:
         return last is not None and last.bodies[Role.base] == written.bodies[Role.base]
 
     def _limit_reached(self, last: WrittenStep | None = None) -> ThinkingEnd | None:
-        if last and last.ended_by is EndedBy.max_tokens and not last.bodies[Role.base]:
-            # Nothing of it fitted: in another vocabulary one token may be more than what is left.
-            return ThinkingEnd.budget if self._budget_left == self.max_next_tokens else ThinkingEnd.context
+        left = self.max_next_tokens
+        nothing_fitted = last and last.ended_by is EndedBy.max_tokens and not last.bodies[Role.base]
+        if (
+            nothing_fitted and left < self.limits.max_step_tokens
+        ):  # in another vocabulary one token may be more than that
+            return ThinkingEnd.budget if self._budget_left == left else ThinkingEnd.context
         if self.num_repeats >= self.limits.repeated_steps:
             return ThinkingEnd.repetition
         if self._budget_left <= 0:

@@ -238,8 +238,9 @@ class PlainLoop:
     def end_after(self, step: Written) -> str | None:
         if step.closes:
             return "closed"
-        if step.ended_by == "max_tokens" and not step.base_body:  # nothing of it fitted into what is left
-            left = min(self.budget_left(), self.room(), self.world.limits.max_step_tokens)
+        left = min(self.budget_left(), self.room())
+        nothing_fitted = step.ended_by == "max_tokens" and not step.base_body
+        if nothing_fitted and left < self.world.limits.max_step_tokens:
             return "budget" if left == self.budget_left() else "context"
         if self.repeats >= self.world.limits.repeated_steps:
             return "repetition"
