@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Readers of what was written: whatever they are called, they must work without engines.
-READER = {"types", "answers", "seeds", "store", "summary", "show"}
+READER = {"types", "answers", "seeds", "store", "summary", "show", "accounting"}
 
 # Who may import what is heavy or belongs to one place only.
 OUTSIDE: dict[str, set[str]] = {
