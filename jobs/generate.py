@@ -11,6 +11,7 @@ from rich.console import Console
 from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engines import Engines, started_engines
+from specreason_batch.meter import process_start
 from specreason_batch.plan import make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.run import run_shards
@@ -34,7 +35,13 @@ def generate(config: GenerateConfig, console: Console, start_engines: StartEngin
         if not plan.pending:
             progress.say("nothing to do: every chain is committed")
         with progress.running():
-            run_shards(plan, lambda: start_engines(config, plan.policy_spec.roles, progress), progress, stop)
+            run_shards(
+                plan,
+                lambda: start_engines(config, plan.policy_spec.roles, progress),
+                progress,
+                stop,
+                began=process_start(),
+            )
     summary = summarise(Path(config.output_dir))
     if summary is not None:
         console.print(summary_table(summary, f"{config.output_dir} ({config.policy.name})"))

@@ -62,6 +62,7 @@ class DeviceWatch:
         self._nvml: Any = nvml
         self._freeing_seconds = freeing_seconds
         self._gpus: dict[Role, list[Gpu]] = {}
+        self._joules: float | None = None  # on the GPUs' counters when this was built
         if nvml is None:
             return
         try:
@@ -72,6 +73,7 @@ class DeviceWatch:
         self._gpus = {role: _gpus_of(role, engine, seen) for role, engine in self._engines.items()}
         self._events = self._watch_xids()
         self._ecc_errors = {gpu.number: self._num_ecc_errors(gpu) for gpu in self._all_gpus()}
+        self._joules = self._joules_on_counters()
 
     def check_before(self, roles: Collection[Role] | None = None) -> None:
         """Whether the engines of these roles (None: all) find the memory they need, once it had time to become free.
@@ -99,6 +101,19 @@ class DeviceWatch:
         if xids:
             raise BadNode(f"the NVIDIA driver reported Xid {', '.join(map(str, sorted(xids)))} since the run began")
 
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """Of the GPUs that the engines run on."""
+        return tuple(gpu.name for gpu in self._all_gpus())
+
+    def read_joules(self) -> float | None:
+        """What they have used since this was built. None: there are none, or the driver does not tell of each.
+
+        A slice's share of its GPU's energy is not told.
+        """
+        now = self._joules_on_counters()
+        return None if now is None or self._joules is None else now - self._joules
+
     def close(self) -> None:
         """Let NVML go. May be called twice."""
         if self._nvml is not None:
@@ -107,6 +122,16 @@ class DeviceWatch:
 
     def _all_gpus(self) -> list[Gpu]:
         return list({gpu.number: gpu for gpus in self._gpus.values() for gpu in gpus}.values())
+
+    def _joules_on_counters(self) -> float | None:
+        gpus = self._all_gpus()
+        if not gpus or any(gpu.whole is not gpu.handle for gpu in gpus):
+            return None
+        try:
+            millijoules = [int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)) for gpu in gpus]
+            return sum(millijoules) / 1000
+        except self._nvml.NVMLError:
+            return None
 
     # --- memory ---
 

@@ -8,8 +8,9 @@ from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import EngineConfig, GenerateConfig
 from specreason_batch.devices import DeviceWatch
 from specreason_batch.engine import Engine, EngineDead
+from specreason_batch.meter import JoulesCounter, find_hardware
 from specreason_batch.progress import Progress
-from specreason_batch.types import Role
+from specreason_batch.types import Hardware, Role
 
 
 class Engines(Mapping[Role, Engine]):
@@ -17,6 +18,7 @@ class Engines(Mapping[Role, Engine]):
 
     `together`: engines that share this process cannot outlive each other, so all are built again if one dies.
     `inspect`: looks at the machine before engines of these roles are built again; raises BadNode.
+    `hardware`: what they run on; None: this machine without its GPUs. `read_joules`: what that has used.
     """
 
     def __init__(
@@ -25,7 +27,11 @@ class Engines(Mapping[Role, Engine]):
         build: Callable[[Role], Engine] | None = None,
         together: bool = False,
         inspect: Callable[[Collection[Role]], None] = lambda roles: None,
+        hardware: Hardware | None = None,
+        read_joules: JoulesCounter = lambda: None,
     ) -> None:
+        self.hardware = hardware or find_hardware()
+        self.read_joules = read_joules
         self._engines: dict[Role, Engine] = {}
         self._build = build
         self._together = together
@@ -100,7 +106,14 @@ def started_engines(
         watch.check_before(roles)
 
     watch = DeviceWatch(config, roles, gpu_library())
-    engines = Engines(settings, build, any(engine.in_process for engine in settings.values()), inspect)
+    engines = Engines(
+        settings,
+        build,
+        together=any(engine.in_process for engine in settings.values()),
+        inspect=inspect,
+        hardware=find_hardware(watch.device_names),
+        read_joules=watch.read_joules,
+    )
     try:
         watch.check_before()
         engines.start()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from specreason_batch.chain import Chain
+from specreason_batch.meter import Meter
 from specreason_batch.plan import Plan, ShardPlan, open_chains, prompts_of
 from specreason_batch.rounds import RoundReport
 from specreason_batch.store.attempts import AttemptState, Lease, ShardProgress, read_attempts
@@ -37,6 +38,7 @@ class Ledger:
     shard: ShardPlan
     lease: Lease
     writer: ShardWriter
+    meter: Meter
     waiting: deque[Chain] = field(default_factory=deque)  # begun, and with no driver at present
     condemned: list[Chain] = field(default_factory=list)  # killed an engine alone; given up once others finish
     finished: list[Chain] = field(default_factory=list)  # and not committed yet
@@ -48,7 +50,7 @@ class Ledger:
     _saved: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, plan: Plan, shard: ShardPlan, lease: Lease, warn: Callable[[str], None]) -> "Ledger":
+    def open(cls, plan: Plan, shard: ShardPlan, lease: Lease, meter: Meter, warn: Callable[[str], None]) -> "Ledger":
         """Committed parts first, then the newest good checkpoint, then the rest. `warn`: is told of torn ones.
 
         Raises InvalidInput if the output was made from another content of the input, OSError.
@@ -56,10 +58,13 @@ class Ledger:
         check_source(shard.paths, shard.source)
         shard.paths.remove_uncommitted(lease)
         shard.done = shard.paths.done_keys()
-        ledger = cls(plan, shard, lease, _writer(plan, shard, lease), round=shard.paths.last_round())
+        startup_seconds = meter.seconds
+        ledger = cls(plan, shard, lease, _writer(plan, shard, lease), meter, round=shard.paths.last_round())
         found = read_checkpoint(lease.root, plan.fingerprint, shard.source, warn)
         ledger._restore(found)
-        ledger.progress = replace(ledger.progress, num_redone_tokens=_lost_tokens(lease, found))
+        ledger.progress = replace(
+            ledger.progress, startup_seconds=startup_seconds, num_redone_tokens=_lost_tokens(lease, found)
+        )
         begun = {chain.key for chain in [*ledger.waiting, *ledger.finished]}
         ledger._fresh = open_chains(plan, shard, ledger.rejects, begun)
         return ledger
@@ -145,6 +150,7 @@ class Ledger:
             num_in_flight=len(steps) + len(self.finished),
             mean_steps_in_flight=sum(steps) / len(steps) if steps else 0.0,
             seconds=time.monotonic() - self._began,
+            energy_joules=self.meter.joules,
             tokens_per_second=tokens_per_second,
             chains_per_second=chains_per_second,
         )

@@ -197,6 +197,15 @@ class Step:
         return self.written.num_tokens + (self.rejected.num_tokens if self.rejected else 0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What a job may use of its machine."""
+
+    devices: tuple[str, ...] = ()  # names of the GPUs that its engines run on, one each; empty: CPU engines
+    num_cores: int = 1  # CPU cores that the process may use
+    cpu: str = ""  # the processor's name
+
+
 # What a policy may ask for. A coroutine yields one ask, or a tuple of them, and is sent the result (or a tuple).
 
 

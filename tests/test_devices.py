@@ -43,6 +43,7 @@ class Card:
     ecc_errors: int | None = 0  # None: not counted
     lost: bool = False
     slice_of: "Card | None" = None
+    millijoules: int | None = None  # None: not counted
 
 
 class FakeNvml:
@@ -103,6 +104,11 @@ class FakeNvml:
         if card.ecc_errors is None:
             raise NotSupported
         return card.ecc_errors
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, card: Card) -> int:
+        if card.millijoules is None:
+            raise NotSupported
+        return card.millijoules
 
     def nvmlEventSetCreate(self) -> str:
         if not self.events:
@@ -284,6 +290,24 @@ def test_a_driver_that_does_not_answer_makes_a_bad_node(tmp_path: Path) -> None:
 
 def _no_driver() -> None:
     raise NvmlError("driver not loaded")
+
+
+def test_energy_is_that_of_all_gpus_since_the_start(tmp_path: Path) -> None:
+    first, second = Card("GPU-0", millijoules=5_000), Card("GPU-1", millijoules=70_000)
+    devices = watch(tmp_path, FakeNvml(first, second), base=engine(tensor_parallel_size=2), draft=engine())
+    assert devices.device_names == ("H200", "H200")
+    assert devices.read_joules() == 0.0
+    first.millijoules, second.millijoules = 6_500, 72_000
+    assert devices.read_joules() == 3.5
+
+
+@pytest.mark.parametrize("second", [Card("GPU-1"), Card("MIG-x", millijoules=1, slice_of=Card("GPU-2"))])
+def test_energy_is_unknown_where_one_gpu_does_not_tell_its_own(
+    tmp_path: Path, second: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = FakeNvml(Card("GPU-0", millijoules=1), second, slices=(second,))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"0,{second.uuid if second.slice_of else 1}")
+    assert watch(tmp_path, nvml, base=engine(tensor_parallel_size=2)).read_joules() is None
 
 
 def test_without_nvml_there_is_nothing_to_check(tmp_path: Path) -> None:
