@@ -3,8 +3,8 @@
 Owns: appending steps, and every reason for thinking to end. Does not know: tokenizers, engines, files, who decided.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from specreason_batch.types import (
@@ -87,9 +87,12 @@ class Chain:
     @property
     def max_next_tokens(self) -> int:
         """The most tokens that the next step may have."""
-        return min(
-            self.limits.max_step_tokens, self._budget_left, *(context.room for context in self.contexts.values())
-        )
+        return min(self.limits.max_step_tokens, self.max_thinking_tokens)
+
+    @property
+    def max_thinking_tokens(self) -> int:
+        """The most tokens that all further steps may have."""
+        return min(self._budget_left, *(context.room for context in self.contexts.values()))
 
     @property
     def _budget_left(self) -> int:
@@ -116,6 +119,19 @@ class Chain:
         self.num_kept_tokens += len(written.bodies[Role.base])
         self.num_generated_tokens += step.num_generated_tokens
         self.thinking_end = ThinkingEnd.closed if written.closes else self._limit_reached(written)
+
+    def extend(self, written: Sequence[WrittenStep]) -> None:
+        """Keep steps that were written in one go. Those after thinking's end are dropped; the last one counts them."""
+        for index, step in enumerate(written):
+            self.append(step)
+            if not self.is_thinking:
+                self._count_dropped(sum(later.num_tokens for later in written[index + 1 :]))
+                return
+
+    def _count_dropped(self, num_tokens: int) -> None:
+        last = self.steps[-1]
+        self.steps[-1] = replace(last, written=replace(last.written, num_tokens=last.written.num_tokens + num_tokens))
+        self.num_generated_tokens += num_tokens
 
     def replay(self, steps: Iterable[Step]) -> None:
         """Keep steps that were decided on before: the chain is then as it was after them."""

@@ -15,7 +15,7 @@ from specreason_batch.chat import ChatOptions
 from specreason_batch.judge import DIGITS, Reading
 from specreason_batch.types import InvalidInput, Role
 
-POLICY_NAMES = ("specreason", "base_only", "draft_only", "random")
+POLICY_NAMES = ("specreason", "base_only", "base_direct", "draft_only", "random")
 SCHEDULE_NAMES = ("lockstep", "overlapped", "continuous", "waves")
 
 # Fields that cannot change rows: a run may be continued with other values. Everything else is part of the fingerprint.
@@ -162,7 +162,7 @@ class PolicyConfig:
         yield from _within(f"{path}.accept_rate", self.accept_rate, 0.0, 1.0)
         if self.name == "random" and (self.accept_rate is None) == (self.match_run is None):
             yield f"{path}: random needs either accept_rate (0 to 1) or match_run (a run's output folder)"
-        only_role = {"base_only": Role.base, "draft_only": Role.draft}.get(self.name)
+        only_role = {"base_only": Role.base, "base_direct": Role.base, "draft_only": Role.draft}.get(self.name)
         if only_role is not None and self.answer_role is not only_role:
             yield f"{path}.answer_role: {self.answer_role} does not run with policy {self.name}; allowed: {only_role}"
 

@@ -28,6 +28,7 @@ from specreason_batch.types import (
     Role,
     Write,
     WriteAnswer,
+    WriteThinking,
 )
 
 
@@ -89,6 +90,8 @@ class Recording:
                 return grade_request_of(chain, ask, request_id, draft, self.turn_tokens, kept)
             case WriteAnswer():
                 return request_of(chain, ask, request_id, recorded.answer_tokens)
+            case WriteThinking():
+                raise NotImplementedError("simulated chains are written step by step")
 
     def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result:
         return result_of(ask, completion)

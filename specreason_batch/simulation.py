@@ -31,6 +31,7 @@ from specreason_batch.types import (
     Sampling,
     Write,
     WriteAnswer,
+    WriteThinking,
     WrittenAnswer,
     WrittenStep,
 )
@@ -79,6 +80,8 @@ class Workload:
                 return grade_request_of(chain, ask, request_id, draft, self.turn_tokens, accepted)
             case WriteAnswer():
                 return request_of(chain, ask, request_id, self.answer_tokens)
+            case WriteThinking():
+                raise NotImplementedError("simulated chains are written step by step")
 
     def result(self, chain: Chain, ask: Ask, completion: Completion) -> Result:
         return result_of(ask, completion)
@@ -124,6 +127,8 @@ def result_of(ask: Ask, completion: Completion) -> Result:
             return ACCEPTED if ids[0] else REJECTED
         case WriteAnswer(role=role):
             return WrittenAnswer(role, ids, len(ids), AnswerEnd.stop)
+        case WriteThinking():
+            raise NotImplementedError("simulated chains are written step by step")
 
 
 def repeat_token(request: Request) -> Completion:

@@ -4,7 +4,7 @@ Owns: token-level semantics of docs/design.md section 5 (openings, step boundary
 Does not know: batching, schedules, vLLM, files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,6 +28,7 @@ from specreason_batch.types import (
     Sampling,
     Write,
     WriteAnswer,
+    WriteThinking,
     WrittenAnswer,
     WrittenStep,
 )
@@ -96,6 +97,7 @@ class Translator:
         close = max(len(voice.format.think_close_ids) for voice in voices.values())
         self._reserve = close + max_answer_tokens + (len(judge.turn) + 1 if judge else 0)
         self._differ = case is VocabularyCase.different
+        self._thinking_sampling = {role: _thinking_sampling(voice) for role, voice in voices.items()}
         self._step_sampling = {role: _step_sampling(voice) for role, voice in voices.items()}
         self._answer_sampling = {role: voice.answers.sampling(voice.format.end_ids) for role, voice in voices.items()}
         self._grade_sampling = Sampling(temperature=0.0, logprob_token_ids=judge.label_ids) if judge else None
@@ -115,6 +117,8 @@ class Translator:
         match ask:
             case Write(role=role):
                 max_tokens, sampling = chain.max_next_tokens, self._step_sampling[role]
+            case WriteThinking(role=role):
+                max_tokens, sampling = chain.max_thinking_tokens, self._thinking_sampling[role]
             case GradeOf(draft=draft):
                 assert self._judge is not None and self._grade_sampling is not None
                 suffix = (*draft.bodies[Role.base], *self._judge.turn)
@@ -138,6 +142,8 @@ class Translator:
         match ask:
             case Write(role=role):
                 return self._read_step(chain, role, completion)
+            case WriteThinking(role=role):
+                return tuple(self._read_thinking(role, completion))
             case GradeOf():
                 return self._read_grade(completion)
             case WriteAnswer(role=role):
@@ -205,20 +211,29 @@ class Translator:
 
     def _read_step(self, chain: Chain, role: Role, completion: Completion) -> WrittenStep:
         chat = self._voices[role].format
-        ids = completion.token_ids
-        cut = next((index for index, id in enumerate(ids) if id in chat.marker_ids), None)
-        body = ids if cut is None else ids[:cut]
-        ended_by = self._ended_by(chat, completion) if cut is None else _marker_meaning(chat, ids[cut])
-        if chat.think_close_id is None and (before := _before_spelt_close(chat, body)) is not None:
-            body, ended_by = before, EndedBy.think_close
+        body, marked = _cut_at_marker(chat, completion.token_ids)
+        ended_by = marked or self._ended_by(chat, completion)
         bodies, is_whole = self._in_both_vocabularies(chain, role, body)
         return WrittenStep(
             author=role,
             ended_by=ended_by if is_whole else EndedBy.max_tokens,
             bodies=bodies,
-            num_tokens=len(ids),
-            is_blank=all(id in chat.blank_ids for id in bodies[role]),
+            num_tokens=len(completion.token_ids),
+            is_blank=_is_blank(chat, bodies[role]),
         )
+
+    def _read_thinking(self, role: Role, completion: Completion) -> Iterator[WrittenStep]:
+        """Steps as they would have been written one by one. Only where one model writes all."""
+        assert not self._differ
+        chat = self._voices[role].format
+        body, marked = _cut_at_marker(chat, completion.token_ids)
+        *pieces, last = _pieces(chat, body, self._limits.max_step_tokens)
+        left = len(completion.token_ids)
+        for piece in pieces:
+            left -= len(piece)
+            yield _whole_step(role, chat, piece, len(piece))
+        if last or marked:
+            yield _whole_step(role, chat, last, left, marked)
 
     def _in_both_vocabularies(
         self, chain: Chain, author: Role, body: tuple[int, ...]
@@ -279,14 +294,56 @@ class Translator:
 
 
 def _step_sampling(voice: Voice) -> Sampling:
+    chat, thinking = voice.format, _thinking_sampling(voice)
+    strings = () if chat.blank_line_ids else (BLANK_LINE,)
+    return voice.steps.sampling({*thinking.stop_token_ids, *chat.blank_line_ids}, (*strings, *thinking.stop_strings))
+
+
+def _thinking_sampling(voice: Voice) -> Sampling:
+    """Without the stops at a blank line."""
     chat = voice.format
-    stops = {*chat.end_ids, *chat.blank_line_ids}
-    strings = [] if chat.blank_line_ids else [BLANK_LINE]
     if chat.think_close_id is None:
-        strings.append(chat.options.think_close)
-    else:
-        stops.add(chat.think_close_id)
-    return voice.steps.sampling(stops, tuple(strings))
+        return voice.steps.sampling(chat.end_ids, (chat.options.think_close,))
+    return voice.steps.sampling({*chat.end_ids, chat.think_close_id})
+
+
+def _cut_at_marker(chat: ChatFormat, ids: tuple[int, ...]) -> tuple[tuple[int, ...], EndedBy | None]:
+    """What stands before the first special token or think-close tag, and what that says; None: there is none."""
+    cut = next((index for index, id in enumerate(ids) if id in chat.marker_ids), None)
+    body, marked = (ids, None) if cut is None else (ids[:cut], _marker_meaning(chat, ids[cut]))
+    if chat.think_close_id is None and (before := _before_spelt_close(chat, body)) is not None:
+        return before, EndedBy.think_close
+    return body, marked
+
+
+def _pieces(chat: ChatFormat, body: tuple[int, ...], max_step_tokens: int) -> list[tuple[int, ...]]:
+    """Cut after each blank line, and where a step is as long as one may be; the last one may be empty."""
+    pieces, start = [], 0
+    for end in range(1, len(body) + 1):
+        if end - start == max_step_tokens or _has_ended(chat, body[start:end]):
+            pieces.append(body[start:end])
+            start = end
+    return [*pieces, body[start:]]
+
+
+def _has_ended(chat: ChatFormat, piece: tuple[int, ...]) -> bool:
+    return _ends_blank(chat, piece) if chat.blank_line_ids else BLANK_LINE in chat.decode(piece)
+
+
+def _whole_step(
+    role: Role, chat: ChatFormat, body: tuple[int, ...], num_tokens: int, marked: EndedBy | None = None
+) -> WrittenStep:
+    return WrittenStep(
+        author=role,
+        ended_by=marked or (EndedBy.blank_line if _has_ended(chat, body) else EndedBy.max_tokens),
+        bodies=dict.fromkeys(Role, body),
+        num_tokens=num_tokens,
+        is_blank=_is_blank(chat, body),
+    )
+
+
+def _is_blank(chat: ChatFormat, body: tuple[int, ...]) -> bool:
+    return all(id in chat.blank_ids for id in body)
 
 
 def _before_spelt_close(chat: ChatFormat, body: tuple[int, ...]) -> tuple[int, ...] | None:

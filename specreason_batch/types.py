@@ -226,6 +226,21 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteThinking:
+    """Write all the thinking that is left in one generation. Result: a tuple of WrittenStep, cut where steps end."""
+
+    role: Role
+
+    @property
+    def engine(self) -> Role:
+        return self.role
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.draft if self.role is Role.draft else Phase.rewrite
+
+
+@dataclass(frozen=True, slots=True)
 class GradeOf:
     """Grade this drafted step as the next one of the chain. Result: Grade."""
 
@@ -255,6 +270,6 @@ class WriteAnswer:
         return Phase.answer
 
 
-Ask = Write | GradeOf | WriteAnswer
-Result = WrittenStep | Grade | WrittenAnswer
+Ask = Write | WriteThinking | GradeOf | WriteAnswer
+Result = WrittenStep | tuple[WrittenStep, ...] | Grade | WrittenAnswer
 Coroutine = Generator[Ask | tuple[Ask, ...], Any, None]

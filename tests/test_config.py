@@ -228,7 +228,7 @@ OUT_OF_RANGE = [
             ("top_k=-1", "top_k: -1 is out of range; allowed: at least 0"),
         ]
     ],
-    ("policy.name=oracle", "policy.name: 'oracle' is unknown; allowed: specreason, base_only, draft_only, random"),
+    ("policy.name=oracle", "policy.name: 'oracle' is unknown; allowed: specreason, base_only, base_direct, draft_only, random"),
     ("policy.threshold=-1", "policy.threshold: -1.0 is out of range; allowed: 0.0 to 9.0"),
     ("policy.threshold=12", "policy.threshold: 12.0 is out of range; allowed: 0.0 to 9.0"),
     ("policy.first_n_base_steps=-1", "policy.first_n_base_steps: -1 is out of range; allowed: at least 0"),

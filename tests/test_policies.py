@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specreason_batch.chain import Chain, Context, Limits
+from specreason_batch.chat import ChatFormat
 from specreason_batch.config import POLICY_NAMES
 from specreason_batch.policies import POLICIES, Rules
 from specreason_batch.schedules import SCHEDULES
@@ -92,6 +93,76 @@ def test_always_and_never_differ(temperature: float) -> None:
     assert kept_rows(always) != kept_rows(never)
 
 
+# --- all in one go ---
+
+
+def _is_thinking(request: Request, chat: ChatFormat) -> bool:
+    return chat.think_close_id in request.sampling.stop_token_ids or bool(request.sampling.stop_strings)
+
+
+def autoregressive(world: World) -> Callable[[Role, Script], Script]:
+    """A model whose next token does not depend on where a request began: it goes on from its own steps."""
+
+    def wrap(role: Role, model: Script) -> Script:
+        chat, limits = world.formats[role], world.limits
+        blank_ids, strings = tuple(chat.blank_line_ids), () if chat.blank_line_ids else ("\n\n",)
+
+        def generate(request: Request) -> Completion:
+            ids: tuple[int, ...] = ()
+            stops = request.sampling
+            steps = replace(
+                stops,
+                stop_token_ids=(*stops.stop_token_ids, *blank_ids),
+                stop_strings=(*strings, *stops.stop_strings),
+            )
+            while len(ids) < request.max_tokens:
+                sofar = [*request.whole_prompt(), *ids]
+                most = min(limits.max_step_tokens, request.max_tokens - len(ids))
+                step = replace(request, prompt_token_ids=sofar, suffix_token_ids=(), max_tokens=most, sampling=steps)
+                ids += model(step).token_ids
+                spelt = chat.decode(ids)
+                if ids[-1] in stops.stop_token_ids or any(stop in spelt for stop in stops.stop_strings):
+                    return Completion(request_id=request.request_id, token_ids=ids, finish_reason=FinishReason.stop)
+            return Completion(request_id=request.request_id, token_ids=ids, finish_reason=FinishReason.length)
+
+        def script(request: Request) -> Completion:
+            return generate(request) if _is_thinking(request, world.formats[role]) else model(request)
+
+        return script
+
+    return wrap
+
+
+@settings(max_examples=150, deadline=None)
+@given(world=worlds(policies=("base_only",)))
+def test_the_base_in_one_generation_writes_the_steps_of_base_only(world: World) -> None:
+    """Where one model's text depends on nothing but what stands before it."""
+    world = replace(world, seeded=False)
+    stepwise = run_world(world)
+    direct = run_world(replace(world, policy="base_direct"), wrap=autoregressive(world))
+    written, expected = kept_rows(direct), kept_rows(stepwise)
+    for key, (_, steps) in written.items():
+        for step, stepwise_step in zip(steps, expected[key][1], strict=True):
+            if step["ended_by"] == "special" or step is steps[-1]:  # these count what they dropped
+                assert step["num_tokens"] >= stepwise_step["num_tokens"]
+                step["num_tokens"] = stepwise_step["num_tokens"]
+    assert written == expected
+
+
+def test_a_direct_chain_asks_once_and_counts_every_token() -> None:
+    world = replace(RULED, policy="base_direct", seeded=False)
+    world = replace(world, limits=replace(world.limits, max_step_tokens=5, thinking_tokens=200))
+    run = run_world(world, wrap=autoregressive(world))
+    chat = world.formats[Role.base]
+    thinking = [request for request in run.engines[Role.base].requests if _is_thinking(request, chat)]
+    specials = sum(step.written.ended_by is EndedBy.special for step in _steps(run))
+    assert len(thinking) <= len(run.finished) + specials
+    assert max(len(chain.steps) for chain in run.finished) > 3
+    generated = sum(len(item.token_ids) for item in run.engines[Role.base].completions)
+    answers = sum(chain.answer.num_tokens for chain in run.finished if chain.answer)
+    assert generated == answers + sum(step.num_generated_tokens for step in _steps(run))
+
+
 # --- who is asked ---
 
 
@@ -125,7 +196,7 @@ def test_a_step_of_the_bases_own_is_not_graded() -> None:
     assert run.engines[Role.draft].requests == []
 
 
-@pytest.mark.parametrize("policy", ["random", "base_only", "draft_only"])
+@pytest.mark.parametrize("policy", ["random", "base_only", "base_direct", "draft_only"])
 def test_controls_and_baselines_never_grade(policy: str) -> None:
     role = Role.draft if policy == "draft_only" else Role.base
     run = run_world(replace(RULED, policy=policy, answer_role=role))
@@ -134,7 +205,7 @@ def test_controls_and_baselines_never_grade(policy: str) -> None:
     assert all(step.grade is None for step in _steps(run))
 
 
-@pytest.mark.parametrize("policy", ["base_only", "draft_only"])
+@pytest.mark.parametrize("policy", ["base_only", "base_direct", "draft_only"])
 def test_baselines_ask_one_engine_and_decide_nothing(policy: str) -> None:
     role = Role.draft if policy == "draft_only" else Role.base
     run = run_world(replace(RULED, policy=policy, answer_role=role))

@@ -95,7 +95,7 @@ def chain_keys(config: GenerateConfig) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize("policy", ["specreason", "random", "base_only", "draft_only"])
+@pytest.mark.parametrize("policy", ["specreason", "random", "base_only", "base_direct", "draft_only"])
 def test_every_prompt_becomes_one_committed_chain(place: Path, schedule: str, policy: str) -> None:
     role = Role.draft if policy == "draft_only" else Role.base
     rate = 0.5 if policy == "random" else None

@@ -96,6 +96,21 @@ def test_active_size_and_schedule_do_not_change_rows(
         assert all(same(rows, read(output, kind)) for output in outputs[1:])
 
 
+def test_the_base_in_one_generation_writes_what_it_writes_step_by_step(
+    toy_engines: dict[Role, Engine], tmp_path: Path
+) -> None:
+    common = ["limit=24", "sampling=greedy"]
+    outputs = [run(toy_engines, tmp_path / name, f"policy={name}", *common) for name in ("base_only", "base_direct")]
+    for kind in ("chains", "steps"):
+        stepwise, direct = (read(output, kind) for output in outputs)
+        assert same(stepwise, direct)
+    totals = [scan(output, "rounds") for output in outputs]
+    asked = [
+        total.select(pl.col("rewrite_num_requests").sum()).collect().item() for total in totals if total is not None
+    ]
+    assert asked[1] == 24 < asked[0] / 4
+
+
 @pytest.mark.slow
 def test_engines_apart_work_at_once_and_give_the_same_rows(toy_engines: dict[Role, Engine], tmp_path: Path) -> None:
     """Continuous: neither engine ever waits for the other, and hardly a moment passes with nothing outstanding."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from specreason_batch.chain import Chain
+from specreason_batch.policies.base_direct import base_direct
 from specreason_batch.policies.base_only import base_only
 from specreason_batch.policies.draft_only import draft_only
 from specreason_batch.policies.random import random
@@ -36,5 +37,6 @@ POLICIES: dict[str, PolicySpec] = {
     "specreason": PolicySpec(specreason, BOTH, grades=True),
     "random": PolicySpec(random, BOTH),
     "base_only": PolicySpec(base_only, frozenset({Role.base}), free_running=True),
+    "base_direct": PolicySpec(base_direct, frozenset({Role.base}), free_running=True),
     "draft_only": PolicySpec(draft_only, frozenset({Role.draft}), free_running=True),
 }

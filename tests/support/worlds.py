@@ -93,7 +93,8 @@ class World:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        return {"base_only": (Role.base,), "draft_only": (Role.draft,)}.get(self.policy, (Role.draft, Role.base))
+        alone = {"base_only": (Role.base,), "base_direct": (Role.base,), "draft_only": (Role.draft,)}
+        return alone.get(self.policy, (Role.draft, Role.base))
 
     @property
     def grades(self) -> bool:
