@@ -17,6 +17,7 @@ from specreason_batch.types import InvalidInput, Role
 
 POLICY_NAMES = ("specreason", "base_only", "base_direct", "draft_only", "random")
 SCHEDULE_NAMES = ("lockstep", "overlapped", "continuous", "waves")
+SPECULATION_METHODS = ("none", "draft_model", "ngram", "eagle", "eagle3")  # tested ones; others: docs/speculative.md
 
 # Fields that cannot change rows: a run may be continued with other values. Everything else is part of the fingerprint.
 SECTIONS = (
@@ -71,6 +72,46 @@ class ChatConfig:
 
 
 @dataclass(kw_only=True)
+class SpeculativeConfig:
+    """Speculative decoding inside an engine: several tokens are guessed cheaply and checked by its model in one pass.
+
+    docs/speculative.md.
+    """
+
+    method: str = "none"  # one of SPECULATION_METHODS
+    model: str | None = None  # the guessing model's folder; none and ngram have none
+    num_speculative_tokens: int | None = None  # guessed at a time
+    prompt_lookup_min: int | None = None  # ngram: the shortest run of tokens that is looked up; None: vLLM's default
+    prompt_lookup_max: int | None = None  # ngram: the longest; None: vLLM's default
+    args: dict[str, Any] = field(default_factory=dict)  # anything else that vLLM's speculative_config takes
+
+    @property
+    def is_on(self) -> bool:
+        return self.method != "none"
+
+    def problems(self, path: str) -> Iterator[str]:
+        yield from _one_of(f"{path}.method", self.method, SPECULATION_METHODS)
+        yield from _at_least(f"{path}.num_speculative_tokens", self.num_speculative_tokens, 1)
+        yield from _at_least(f"{path}.prompt_lookup_min", self.prompt_lookup_min, 1)
+        yield from _at_least(f"{path}.prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min or 1)
+        yield from self._idle_problems(path)
+        if self.is_on and self.num_speculative_tokens is None:
+            yield f"{path}.num_speculative_tokens: not set; {self.method} needs at least 1"
+        if self.is_on and self.method != "ngram" and not self.model:
+            yield f"{path}.model: {self.model!r} is no folder; {self.method} needs a model that guesses"
+        if named := sorted(self.args.keys() & vars(self).keys()):
+            yield f"{path}.args: {', '.join(named)} have fields of their own; allowed: what has none"
+
+    def _idle_problems(self, path: str) -> Iterator[str]:
+        """Values that the method does not look at."""
+        lookups = ("prompt_lookup_min", "prompt_lookup_max")
+        idle = {"none": ("model", "num_speculative_tokens", *lookups, "args"), "ngram": ("model",)}
+        for name in idle.get(self.method, lookups):
+            if value := getattr(self, name):
+                yield f"{path}.{name}: {value} does nothing with method {self.method}; allowed: null"
+
+
+@dataclass(kw_only=True)
 class EngineConfig:
     """One of the two engines."""
 
@@ -88,6 +129,7 @@ class EngineConfig:
     engine_timeout_seconds: float = 600.0  # no output for this long counts as a dead engine
     trust_remote_code: bool = False
     vllm_args: dict[str, Any] = field(default_factory=dict)  # anything else that vllm.LLM takes
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     chat: ChatConfig = MISSING
 
     def problems(self, path: str) -> Iterator[str]:
@@ -100,6 +142,9 @@ class EngineConfig:
         yield from self._core_problems(f"{path}.cpu_cores")
         yield from _at_least(f"{path}.block_size", self.block_size, 1)
         yield from _at_least(f"{path}.engine_timeout_seconds", self.engine_timeout_seconds, 1)
+        yield from self.speculative.problems(f"{path}.speculative")
+        if self.speculative.is_on and self.vllm_args.get("speculative_config"):
+            yield f"{path}.vllm_args.speculative_config: given beside {path}.speculative.method; allowed: one of them"
         yield from self.chat.problems(f"{path}.chat")
 
     def _core_problems(self, path: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ at once: `clock.wait(timeout)`, then `poll(0)` on each.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from specreason_batch.clock import Clock
 from specreason_batch.types import Completion, Request, Role
@@ -59,6 +59,38 @@ class EngineInfo:
     kv_capacity_tokens: int  # of its KV cache
     block_size: int  # tokens; the prefix cache works in whole blocks
     version: str  # of the program behind it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationStats:
+    """What speculative decoding came to, over the requests that an engine has completed."""
+
+    num_drafts: int = 0  # times that tokens were guessed ahead
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def __add__(self, other: "SpeculationStats") -> "SpeculationStats":
+        return SpeculationStats(
+            num_drafts=self.num_drafts + other.num_drafts,
+            num_drafted_tokens=self.num_drafted_tokens + other.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + other.num_accepted_tokens,
+        )
+
+    def __str__(self) -> str:
+        if not self.num_drafts:
+            return "nothing was guessed"
+        share, kept = self.num_accepted_tokens / self.num_drafted_tokens, self.num_accepted_tokens / self.num_drafts
+        return f"{share:.1%} of {self.num_drafted_tokens:,} guessed tokens accepted, {1 + kept:.2f} tokens a pass"
+
+
+@runtime_checkable
+class Speculating(Protocol):
+    """An engine that may decode speculatively."""
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """Since it was started; None: it does not speculate, or cannot tell."""
+        ...
 
 
 class Engine(Protocol):

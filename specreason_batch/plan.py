@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from specreason_batch.chain import Chain, Policy
 from specreason_batch.chat import (
@@ -87,6 +88,7 @@ def make_plan(config: GenerateConfig) -> Plan:
     config.policy.accept_rate = rules.accept_rate if config.policy.name == "random" else None
     for role in sorted(spec.roles):
         _check_model(role, config.engine(role))
+        _check_speculation(f"{role}.speculative", config.engine(role))
     formats = {role: _load_format(config, role) for role in Role if role in spec.roles}
     case = _vocabulary_case(formats)
     judge = Judge(_question(config), formats[Role.base]) if spec.grades else None
@@ -170,10 +172,10 @@ def _check_model(role: Role, engine: EngineConfig) -> None:
     folder = Path(engine.model)
     if not folder.is_dir():
         return
+    settings = _model_settings(f"{role}.model", folder)
     try:
-        settings = json.loads((folder / "config.json").read_text())
         has_own_code = "auto_map" in settings and not is_known_architecture(engine.model)
-    except (OSError, ValueError, TypeError) as error:
+    except TypeError as error:
         raise InvalidInput(f"{role}.model: {folder} has no readable config.json: {error}") from error
     if has_own_code and not engine.trust_remote_code:
         raise InvalidInput(
@@ -182,9 +184,51 @@ def _check_model(role: Role, engine: EngineConfig) -> None:
         )
     if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
         raise InvalidInput(f"{role}.model: {folder} holds no tokenizer; allowed: a file named {', '.join(TOKENIZERS)}")
+    _check_weights(f"{role}.model", folder, engine)
+
+
+def _check_speculation(path: str, engine: EngineConfig) -> None:
+    """The same of the model that guesses tokens, and that it has as many as the model that checks them.
+
+    Raises InvalidInput. It needs no tokenizer of its own.
+    """
+    speculative = engine.speculative
+    folder = Path(speculative.model or "")
+    if speculative.model is None or not folder.is_dir():
+        return
+    settings = _model_settings(f"{path}.model", folder)
+    _check_weights(f"{path}.model", folder, engine)
+    target = Path(engine.model)
+    if speculative.method != "draft_model" or speculative.args.get("use_heterogeneous_vocab") or not target.is_dir():
+        return
+    guessed, checked = _vocabulary_size(settings), _vocabulary_size(_model_settings(path, target))
+    if guessed != checked:
+        raise InvalidInput(
+            f"{path}.model: {folder} has a vocabulary of {guessed}, {target} one of {checked}; allowed: the same size, "
+            f"or {path}.args={{use_heterogeneous_vocab: true}}"
+        )
+
+
+def _model_settings(path: str, folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: {folder} has no readable config.json: {error}") from error
+    if not isinstance(settings, dict):
+        raise InvalidInput(f"{path}: {folder} has no readable config.json: it holds no object")
+    return settings
+
+
+def _vocabulary_size(settings: dict[str, Any]) -> Any:
+    """Of the text model, where there are others."""
+    text = settings.get("text_config")
+    return (text if isinstance(text, dict) else settings).get("vocab_size")
+
+
+def _check_weights(path: str, folder: Path, engine: EngineConfig) -> None:
     has_weights = any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
     if not has_weights and engine.vllm_args.get("load_format") != "dummy":
-        raise InvalidInput(f"{role}.model: {folder} holds no weights; allowed: files named {', '.join(WEIGHTS)}")
+        raise InvalidInput(f"{path}: {folder} holds no weights; allowed: files named {', '.join(WEIGHTS)}")
 
 
 def _load_format(config: GenerateConfig, role: Role) -> ChatFormat:

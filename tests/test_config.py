@@ -45,6 +45,8 @@ ENGINE_KEYS = {
         "trust_remote_code",
         "vllm_args",
     ),
+    *("speculative.method", "speculative.model", "speculative.num_speculative_tokens", "speculative.args"),
+    *("speculative.prompt_lookup_min", "speculative.prompt_lookup_max"),
     *("chat.think_open", "chat.think_close", "chat.template", "chat.template_kwargs", "chat.system_prompt"),
 }
 KEYS = {
@@ -211,6 +213,14 @@ OUT_OF_RANGE = [
             ("cpu_cores=[-1]", "cpu_cores: [-1] is out of range; allowed: one or more different core numbers, from 0"),
             ("block_size=0", "block_size: 0 is out of range; allowed: at least 1"),
             ("engine_timeout_seconds=0.5", "engine_timeout_seconds: 0.5 is out of range; allowed: at least 1"),
+            (
+                "speculative.method=guess",
+                "speculative.method: 'guess' is unknown; allowed: none, draft_model, ngram, eagle, eagle3",
+            ),
+            *[
+                (f"speculative.{name}=0", f"speculative.{name}: 0 is out of range; allowed: at least 1")
+                for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+            ],
             ("chat.think_open=''", "chat.think_open: '' is empty; allowed: text"),
             ("chat.think_close=''", "chat.think_close: '' is empty; allowed: text"),
         ]
@@ -228,7 +238,10 @@ OUT_OF_RANGE = [
             ("top_k=-1", "top_k: -1 is out of range; allowed: at least 0"),
         ]
     ],
-    ("policy.name=oracle", "policy.name: 'oracle' is unknown; allowed: specreason, base_only, base_direct, draft_only, random"),
+    (
+        "policy.name=oracle",
+        "policy.name: 'oracle' is unknown; allowed: specreason, base_only, base_direct, draft_only, random",
+    ),
     ("policy.threshold=-1", "policy.threshold: -1.0 is out of range; allowed: 0.0 to 9.0"),
     ("policy.threshold=12", "policy.threshold: 12.0 is out of range; allowed: 0.0 to 9.0"),
     ("policy.first_n_base_steps=-1", "policy.first_n_base_steps: -1 is out of range; allowed: at least 0"),
@@ -270,6 +283,7 @@ def test_every_field_with_a_range_has_a_case_here() -> None:
     """Fields of numbers and of names; those without a range are listed."""
     unranged = {"seeded", "fit_memory", "in_process", "trust_remote_code", "dtype", "vllm_args", "device_ids"}
     unranged |= {"chat.template", "chat.template_kwargs", "chat.system_prompt"}
+    unranged |= {"speculative.model", "speculative.args"}
     unranged |= {"policy.match_run", "policy.answer_role", "judge.reading", "recovery.node_check"}
     tested = {override.split("=")[0] for override, _ in OUT_OF_RANGE}
     left = {key for key in KEYS - {"name"} if key not in unranged and key.split(".", 1)[-1] not in unranged}

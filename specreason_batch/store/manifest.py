@@ -76,7 +76,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def fingerprint_fields(config: GenerateConfig, roles: frozenset[Role]) -> dict[str, Any]:
     """Every field that can change a row, by its dotted name. `roles`: the models that this run uses."""
-    skipped = (*NOT_IN_FINGERPRINT, *(role.value for role in Role if role not in roles))
+    unused = (role.value for role in Role if role not in roles)
+    plain = (f"{role}.speculative" for role in roles if not config.engine(role).speculative.is_on)
+    skipped = (*NOT_IN_FINGERPRINT, *unused, *plain)
     fields = {
         name: value
         for name, value in flatten(asdict(config)).items()
@@ -84,8 +86,10 @@ def fingerprint_fields(config: GenerateConfig, roles: frozenset[Role]) -> dict[s
     }
     fields["schema_version"] = SCHEMA_VERSION
     for role in sorted(roles):
-        del fields[f"{role}.model"]  # where it lies does not matter, what it is does
-        fields |= flatten(model_identity(config.engine(role).model), f"{role}.model.")
+        models = {"model": config.engine(role).model, "speculative.model": config.engine(role).speculative.model}
+        for name, model in models.items():
+            if fields.pop(f"{role}.{name}", None):  # where it lies does not matter, what it is does
+                fields |= flatten(model_identity(str(model)), f"{role}.{name}.")
     return fields
 
 

@@ -14,10 +14,18 @@ def shard_paths(output_dir: Path) -> list[ShardPaths]:
 
 
 def scan(output_dir: Path, kind: str) -> pl.LazyFrame | None:
-    """All committed rows of `chains`, `steps` or `rounds`; None if there are none."""
-    files = [path for shard in shard_paths(output_dir) for path in _files(shard, kind)]
-    if not files:
-        return None
+    """All committed rows of `chains`, `steps`, `rounds` or `verdicts`; None if there are none."""
+    files = committed_files(output_dir, kind)
+    return scan_files(files) if files else None
+
+
+def committed_files(output_dir: Path, kind: str) -> list[Path]:
+    """This kind's files that count as output, of all shards."""
+    return [path for shard in shard_paths(output_dir) for path in _files(shard, kind)]
+
+
+def scan_files(files: list[Path]) -> pl.LazyFrame:
+    """All rows of one kind's files."""
     return pl.scan_parquet(files, missing_columns="insert", extra_columns="ignore")
 
 

@@ -1,0 +1,141 @@
+"""Why the figures of two runs may not be comparable, in words for the reader."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from specreason_batch.accounting.load import RunFiles
+from specreason_batch.types import Role
+
+# What two runs may differ in and be comparable: it is what is compared, or it is looked at elsewhere.
+_FREE = ("policy.", "seed", "seeded", "schema_version", "input.")
+_MAX_NAMED = 3  # differing fields, in a warning
+
+
+def warnings(first: RunFiles, other: RunFiles) -> Iterator[str]:
+    """Of one pair; the first is the baseline."""
+    pair = f"{first.label} and {other.label}"
+    for text in (*_settings(first, other), *_hardware(first, other), *_verification(first, other)):
+        yield f"{pair}: {text}"
+
+
+def _settings(first: RunFiles, other: RunFiles) -> Iterator[str]:
+    """Differing fields of the fingerprints, by section: those that concern both runs."""
+    fields = (first.manifest["fingerprint_fields"], other.manifest["fingerprint_fields"])
+    shared = set.intersection(*(_roles(values) for values in fields))
+    grading = first.policy == other.policy == "specreason"
+    by_section: dict[str, list[str]] = {}
+    for name in sorted({*fields[0], *fields[1]}):
+        if fields[0].get(name) != fields[1].get(name) and _concerns(name, shared, grading):
+            by_section.setdefault(_section(name), []).append(name)
+    for section, names in by_section.items():
+        yield f"{_SECTIONS.get(section, section)} ({_named(names, *fields)})"
+
+
+_SECTIONS = {
+    "budgets": "the budgets differ",
+    "sampling": "the sampling differs",
+    "samples_per_prompt": "the number of samples a prompt differs",
+    "judge": "the grading differs",
+    "base.model": "the base models differ",
+    "draft.model": "the draft models differ",
+    "base": "the base engines' settings differ",
+    "draft": "the draft engines' settings differ",
+}
+
+
+def _roles(fields: Mapping[str, Any]) -> set[str]:
+    """The models that a run used."""
+    return {role.value for role in Role if any(name.startswith(f"{role}.") for name in fields)}
+
+
+def _concerns(name: str, shared: set[str], grading: bool) -> bool:
+    if name.startswith(_FREE) or (name.startswith("judge.") and not grading):
+        return False
+    parts = name.split(".")
+    role = parts[1] if parts[0] == "sampling" else parts[0]
+    return role in shared or role not in [role.value for role in Role]
+
+
+def _section(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[1:2] == ["model"] else parts[0]
+
+
+def _named(names: Sequence[str], first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    told = [f"{name}: {first.get(name)!r}, {other.get(name)!r}" for name in names[:_MAX_NAMED]]
+    more = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+    return "; ".join(told + more)
+
+
+def _hardware(first: RunFiles, other: RunFiles) -> Iterator[str]:
+    noted = [_machines(run) for run in (first, other)]
+    if not all(noted):
+        noted = [{", ".join(f"{k} {v}" for k, v in run.manifest["hardware"].items())} for run in (first, other)]
+    if noted[0] != noted[1]:
+        told = [" or ".join(sorted(machines)) for machines in noted]
+        yield f"the hardware differs ({told[0]}; {told[1]}): times and costs are of different machines"
+
+
+def _machines(run: RunFiles) -> set[str]:
+    """What its attempts ran on, in words; empty: nobody noted it."""
+    hardware = {attempt.hardware for attempt in run.attempts if attempt.hardware is not None}
+    return {", ".join(item.devices) or f"{item.num_cores} cores of {item.cpu or 'a CPU'}" for item in hardware}
+
+
+def _verification(first: RunFiles, other: RunFiles) -> Iterator[str]:
+    settings = [_verify_settings(run) for run in (first, other)]
+    for run, found in zip((first, other), settings, strict=True):
+        if len(found) > 1:
+            yield f"the verdicts of {run.label} are of several settings; verify it again"
+    if not settings[0] or not settings[1]:
+        if settings[0] or settings[1]:
+            missing = other if settings[0] else first
+            yield f"{missing.label} is not verified: python -m jobs.verify run={missing.output_dir}"
+    elif settings[0] != settings[1]:
+        yield "verified with different settings: their accuracies are not comparable"
+
+
+def _verify_settings(run: RunFiles) -> set[bytes]:
+    """Of all verdicts files; empty: not verified."""
+    return {(pq.read_schema(path).metadata or {}).get(b"settings", b"") for path in run.files("verdicts")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """How the prompts of two runs meet."""
+
+    num_common: int
+    num_only_first: int
+    num_only_other: int
+    num_differing: int  # of the common ones, those whose text differs
+
+    @classmethod
+    def of(cls, first: RunFiles, other: RunFiles) -> "Prompts":
+        found = (
+            _texts(first)
+            .join(_texts(other), on="prompt_id", how="full", suffix="_other", coalesce=True)
+            .select(
+                num_common=(pl.col("text").is_not_null() & pl.col("text_other").is_not_null()).sum(),
+                num_only_first=pl.col("text_other").is_null().sum(),
+                num_only_other=pl.col("text").is_null().sum(),
+                num_differing=(pl.col("text") != pl.col("text_other")).sum(),
+            )
+        )
+        return cls(**found.collect(engine="streaming").row(0, named=True))
+
+    def warnings(self, first: RunFiles, other: RunFiles) -> Iterator[str]:
+        pair = f"{first.label} and {other.label}"
+        if self.num_only_first or self.num_only_other:
+            only = f"{self.num_only_first:,} only in the first, {self.num_only_other:,} only in the second"
+            yield f"{pair}: different prompts ({only}); differences are over the {self.num_common:,} in both"
+        if self.num_differing:
+            yield f"{pair}: {self.num_differing:,} prompts of the same prompt_id have different texts"
+
+
+def _texts(run: RunFiles) -> pl.LazyFrame:
+    """A hash of each prompt's text."""
+    return run.chains.group_by("prompt_id").agg(text=pl.col("prompt").fill_null("").hash(seed=0).first())
