@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,11 @@ from specreason_batch.engine import BadNode, EngineDead
 from specreason_batch.schedules import Stopped
 from specreason_batch.store.attempts import LeaseHeld, LeaseLost
 from specreason_batch.types import InvalidInput
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 BATCH_LOG_WIDTH = 140  # columns of a table where there is no terminal
 
@@ -38,12 +43,17 @@ def register_schema() -> None:
 
 
 def to_config(composed: DictConfig) -> GenerateConfig:
-    """The one conversion; validates. Raises InvalidInput."""
+    """Raises InvalidInput."""
+    return converted(composed, GenerateConfig)
+
+
+def converted(composed: DictConfig, schema: type[Config]) -> Config:
+    """The one conversion, of every job; validates. Raises InvalidInput."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise InvalidInput("\n".join(f"{name}: not set; it needs a value" for name in missing))
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, GenerateConfig)
+    assert isinstance(config, schema)
     if unknown := list(_unknown_fields(config)):
         raise InvalidInput("\n".join(f"{name}: no such field" for name in unknown))
     return config

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from jobs.compose import compose_generate, quoted
-from jobs.launch import ExitStatus, run_job
+from jobs.launch import ExitStatus, converted, run_job
 from specreason_batch import slurm
 from specreason_batch.config import GenerateConfig
 from specreason_batch.plan import make_plan
@@ -256,7 +256,7 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path="../conf", config_name="submit")
     def run(composed: DictConfig) -> None:
-        run_job(lambda console: submit(others, _to_config(composed), console))
+        run_job(lambda console: submit(others, converted(composed, SubmitConfig), console))
 
     if MULTIRUN & set(own):
         print("error: a sweep (-m) cannot be submitted at once; submit its runs one by one", file=sys.stderr)
@@ -264,12 +264,6 @@ def main() -> None:
 
     sys.argv[1:] = own
     run()
-
-
-def _to_config(composed: DictConfig) -> SubmitConfig:
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, SubmitConfig)
-    return config
 
 
 if __name__ == "__main__":

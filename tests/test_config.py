@@ -13,6 +13,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from jobs.launch import ExitStatus, register_schema, to_config
+from jobs.report import to_config as report_config
 from specreason_batch.chat import ChatFormat, load_chat_format
 from specreason_batch.config import NOT_IN_FINGERPRINT, POLICY_NAMES, SCHEDULE_NAMES, GenerateConfig
 from specreason_batch.judge import Judge, Question
@@ -124,13 +125,30 @@ def test_the_toy_experiment_is_the_default() -> None:
     [
         (folder.name, path.stem)
         for folder in sorted(CONF.iterdir())
-        if folder.is_dir() and folder.name not in ("engine", "experiment")
+        if folder.is_dir() and folder.name not in ("engine", "experiment", "cost", "latency", "speculative")
         for path in sorted(folder.glob("*.yaml"))
     ],
 )
 def test_every_choice_of_every_group_composes(group: str, choice: str) -> None:
     needed = {"random": ["policy.accept_rate=0.5"], "yes_no": ["policy.threshold=0.5"]}.get(choice, [])
     found = config(f"{group}={choice}", *needed)
+    assert getattr(found, group) is not None
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "speculative").glob("*.yaml")))
+def test_every_kind_of_speculation_composes_for_either_engine(choice: str) -> None:
+    needed = {"eagle": ["base.speculative.model=head"]}.get(choice, [])
+    found = config(f"speculative@base.speculative={choice}", *needed)
+    assert found.base.speculative.method == choice
+    assert found.draft.speculative.method == "none"
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(group, path.stem) for group in ("cost", "latency") for path in sorted((CONF / group).glob("*.yaml"))],
+)
+def test_every_table_for_reports_composes(group: str, choice: str) -> None:
+    found = report_config(compose("report", overrides=["runs=mine", f"{group}={choice}"]))
     assert getattr(found, group) is not None
 
 
