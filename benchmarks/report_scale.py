@@ -1,10 +1,11 @@
-"""A run's account at the size of a data set: seconds and peak memory of `account()` on a made-up output.
+"""A run's report at the size of a data set: seconds and peak memory of `jobs.report` on a made-up output.
 
     python -m benchmarks.report_scale [--chains 100000 1000000] [--steps 50] [--folder /scratch]
 
 Each shard of the output is one part of 1,000 chains, with verdicts, and rounds of eight shards at a time. Rows are
-drawn anew for a few parts and used again under other prompt ids; texts are short, which the account never reads. The
-account runs in a process of its own, whose peak resident set is the figure. One JSON line at the end.
+drawn anew for a few parts and used again under other prompt ids; texts are short, which a report never reads. The
+report, all of its sections and files, is made in a process of its own, whose peak resident set is the figure. One JSON
+line at the end.
 """
 
 import argparse
@@ -36,15 +37,15 @@ START = 1_700_000_000.0  # of the run, seconds since the epoch
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-from specreason_batch.accounting.account import account
-from specreason_batch.accounting.load import RunFiles
-from specreason_batch.accounting.prices import Prices
+from rich.console import Console
+from specreason_batch.report import ReportConfig
+from specreason_batch.report.job import report
 began = time.monotonic()
-report = account(RunFiles(Path(sys.argv[1]), "scale"), Prices())
+made = report(ReportConfig(runs=sys.argv[1]), Console(quiet=True))
 seconds = time.monotonic() - began
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 peak = int(status["VmHWM"].split()[0]) / 2**10  # since exec: getrusage's knows the parent's too
-accuracy = report.section("chains").figure("accuracy").value
+accuracy = made.runs[0].section("chains").figure("accuracy").value
 print(json.dumps({"seconds": seconds, "peak_mib": peak, "accuracy": accuracy}))
 """
 
@@ -162,7 +163,7 @@ def _as_array(values: Any, type: pa.DataType) -> pa.Array:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Of an account in a process of its own."""
+    """Of a report made in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures

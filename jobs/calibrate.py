@@ -17,12 +17,12 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from jobs.compose import compose_generate
-from jobs.launch import run_job
+from jobs.compose import compose_generate, split_words
+from jobs.launch import converted, run_job
 from specreason_batch.calibrate import CalibrateConfig, Measured, Stream, calibrate
 from specreason_batch.config import GenerateConfig
 from specreason_batch.engines import Engines, started_engines
@@ -131,20 +131,13 @@ def _table(found: Mapping[str, Measured]) -> Table:
 # --- the command line ---
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """This job's own words, options of Hydra among them, and jobs.generate's."""
-    own = [word for word in words if word.startswith("-") or word.partition("=")[0].lstrip("+~") in OWN_NAMES]
-    return own, [word for word in words if word not in own]
-
-
 def to_config(composed: DictConfig) -> CalibrateConfig:
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, CalibrateConfig)
-    return config
+    """Raises InvalidInput."""
+    return converted(composed, CalibrateConfig)
 
 
 def main() -> None:
-    own, others = split_words(sys.argv[1:])
+    own, others = split_words(sys.argv[1:], OWN_NAMES)
 
     @hydra.main(version_base="1.3", config_path="../conf", config_name="calibrate")
     def run(composed: DictConfig) -> None:

@@ -2,8 +2,9 @@
 
 python -m jobs.compare experiment=toy limit=50 repeats=3
 
-Each run is the main job in a process of its own: two models' engines cannot be taken down cleanly in one, and what is
-compared is what a user would get. Its start-up is told apart. Runs that are finished are not made again.
+Words that are no choices of its own are jobs.generate's, for every variant. Each run is the main job in a process of
+its own: two models' engines cannot be taken down cleanly in one, and what is compared is what a user would get. Its
+start-up is told apart. Runs that are finished are not made again.
 """
 
 import re
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from jobs.compose import compose_generate, quoted
-from jobs.launch import ExitStatus, run_job
+from jobs.compose import compose_generate, quoted, split_words
+from jobs.launch import ExitStatus, converted, run_job
 from jobs.verify import verify_until_stopped
 from specreason_batch.compare import CompareConfig, VariantRun, planned_runs
 from specreason_batch.pairs import Command, Received, run_side_by_side
@@ -36,18 +37,19 @@ from specreason_batch.verify.config import VerifyConfig
 ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
 
 RunJob = Callable[[Sequence[str], Received], int]
-LISTS = re.compile(r"\+{0,2}(overrides|variants\..+)")
+OWN_NAMES = tuple(field.name for field in fields(CompareConfig) if field.name != "overrides")
+LISTS = re.compile(r"\+{0,2}variants\..+")
 BASELINE = "base_direct"  # ratios are to it, where it is among the variants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """A run that was made, or was found to be finished."""
+    """A run that was made, or was found to be finished, or could not be."""
 
     run: VariantRun
-    status: int
-    seconds: float  # of its process, start-up included
-    summary: Summary | None  # None: nothing is committed
+    status: int | None  # of its process; None: it was not started, because a run that it refers to failed
+    seconds: float = 0.0  # of its process, start-up included
+    summary: Summary | None = None  # None: nothing is committed
 
     @property
     def is_good(self) -> bool:
@@ -59,19 +61,20 @@ def compare(config: CompareConfig, console: Console, command: str = "", run_job:
 
     Raises InvalidInput before anything is started, Stopped, OSError.
     """
-    runs = planned_runs(config)
+    began = time.monotonic()
+    output = Path(config.output or f"outputs/compare/{compose_generate(config.overrides).name}")
+    runs = planned_runs(config, output)
     for run in runs:
         _check(run, config)
-    received = Received()
-    received.install()
-    made = [_made(run, config, console, received, run_job or _run_generate) for run in runs]
+    made = _make(runs, config, console, run_job or _run_generate)
     good = [each.run.output_dir for each in made if each.is_good]
     if good:
         if config.verify:
             verify_until_stopped(VerifyConfig(run=[str(path) for path in good]), console)
-        choices = ReportConfig(runs=[str(path) for path in good], output=str(Path(config.output) / "report"))
+        choices = ReportConfig(runs=[str(path) for path in good], output=str(output / "report"))
         report(choices, console, command)
     console.print(speed_table(made))
+    console.print(f"{len(good)} of {len(made)} runs, with verdicts and the report, in {time.monotonic() - began:.0f} s")
     return _status(made, console)
 
 
@@ -86,6 +89,20 @@ def _check(run: VariantRun, config: CompareConfig) -> None:
 def _words(run: VariantRun, config: CompareConfig) -> list[str]:
     limit = "null" if config.limit is None else config.limit
     return [*run.words, f"limit={limit}", f"seed={run.seed}", f"output_dir={quoted(str(run.output_dir))}"]
+
+
+def _make(runs: Sequence[VariantRun], config: CompareConfig, console: Console, run_job: RunJob) -> list[Made]:
+    """One after the other. One that refers to a run that failed would take its rate from half of it: it is left out."""
+    received = Received()
+    received.install()
+    made: list[Made] = []
+    for run in runs:
+        failed = {each.run.output_dir for each in made if not each.is_good}
+        if failed & run.refers_to:
+            made.append(Made(run=run, status=None))
+        else:
+            made.append(_made(run, config, console, received, run_job))
+    return made
 
 
 def _made(run: VariantRun, config: CompareConfig, console: Console, received: Received, run_job: RunJob) -> Made:
@@ -146,11 +163,13 @@ def _status(made: Sequence[Made], console: Console) -> int:
     failed = [each for each in made if not each.is_good]
     for each in failed:
         console.print(f"{each.run.name}: {_told(each.status)}; run the same command again", style="bold red")
-    statuses = {each.status for each in failed}
+    statuses = {each.status for each in failed if each.status is not None}
     return statuses.pop() if len(statuses) == 1 else ExitStatus.failed if statuses else ExitStatus.finished
 
 
-def _told(status: int) -> str:
+def _told(status: int | None) -> str:
+    if status is None:
+        return "not made, for it refers to a run that failed"
     known = status in set(ExitStatus)
     return f"ended with status {status}" + (f" ({ExitStatus(status).name})" if known else "")
 
@@ -160,16 +179,17 @@ def _told(status: int) -> str:
 
 def to_config(composed: DictConfig) -> CompareConfig:
     """Raises InvalidInput."""
-    known = {field.name for field in fields(CompareConfig)}
-    if unknown := [name for name in map(str, composed) if name not in known]:
-        raise InvalidInput("\n".join(f"{name}: no such field" for name in unknown))
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, CompareConfig)
-    return config
+    return converted(composed, CompareConfig)
+
+
+def own_words(words: Sequence[str]) -> list[str]:
+    """The command line as Hydra is to get it: other jobs' words are the list `overrides`."""
+    own, others = split_words(words, OWN_NAMES)
+    return [*map(quoted_items, own), *([f"overrides=[{','.join(map(quoted, others))}]"] if others else [])]
 
 
 def quoted_items(word: str) -> str:
-    """Lists of overrides as one would type them, in the quotes that Hydra needs around `=`."""
+    """A variant's overrides as one would type them, in the quotes that Hydra needs around `=`."""
     name, _, text = word.partition("=")
     if not LISTS.fullmatch(name) or text[:1] + text[-1:] != "[]" or set(text) & {"'", '"'}:
         return word
@@ -196,7 +216,7 @@ def main() -> None:
     def run(composed: DictConfig) -> None:
         run_job(lambda console: statuses.append(compare(to_config(composed), console, command)))
 
-    sys.argv[1:] = map(quoted_items, sys.argv[1:])
+    sys.argv[1:] = own_words(sys.argv[1:])
     run()
     sys.exit(max(statuses, default=0))
 

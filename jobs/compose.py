@@ -1,7 +1,7 @@
 """The configuration that `jobs.generate` would get from these words, for jobs that start it elsewhere."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,12 @@ def compose_generate(overrides: Sequence[str]) -> GenerateConfig:
         with open_dict(composed):
             del composed["hydra"]
         return to_config(composed)
+
+
+def split_words(words: Sequence[str], own_names: Collection[str]) -> tuple[list[str], list[str]]:
+    """A command line's words: those that set a job's own choices, options of Hydra among them, and jobs.generate's."""
+    own = [word for word in words if word.startswith("-") or re.split("[.=]", word.lstrip("+~"))[0] in own_names]
+    return own, [word for word in words if word not in own]
 
 
 def quoted(text: str) -> str:

@@ -1,7 +1,7 @@
 """`python -m jobs.generate`: prompt shards in, chains and steps out. Every choice is in conf/ (docs/design.md, 8)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import hydra
@@ -10,7 +10,6 @@ from rich.console import Console
 
 from jobs.launch import register_schema, run_job, to_config
 from specreason_batch.config import GenerateConfig
-from specreason_batch.engine import Speculating
 from specreason_batch.engines import Engines, started_engines
 from specreason_batch.meter import process_start
 from specreason_batch.plan import make_plan
@@ -38,7 +37,7 @@ def generate(config: GenerateConfig, console: Console, start_engines: StartEngin
         with progress.running():
             run_shards(
                 plan,
-                lambda: _told(start_engines(config, plan.policy_spec.roles, progress), progress),
+                lambda: start_engines(config, plan.policy_spec.roles, progress),
                 progress,
                 stop,
                 began=process_start(),
@@ -46,16 +45,6 @@ def generate(config: GenerateConfig, console: Console, start_engines: StartEngin
     summary = summarise(Path(config.output_dir))
     if summary is not None:
         console.print(summary_table(summary, f"{config.output_dir} ({config.policy.name})"))
-
-
-@contextmanager
-def _told(starting: AbstractContextManager[Engines], progress: Progress) -> Iterator[Engines]:
-    """Engines whose speculative decoding is told of when all has gone well."""
-    with starting as engines:
-        yield engines
-        for role, engine in engines.items():
-            if isinstance(engine, Speculating) and engine.speculation is not None:
-                progress.say(f"{role}: speculative decoding: {engine.speculation}")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="generate")

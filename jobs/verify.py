@@ -3,16 +3,13 @@
 python -m jobs.verify run=outputs/toy
 """
 
-from dataclasses import fields
-
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from jobs.launch import run_job
+from jobs.launch import converted, run_job
 from specreason_batch.signals import StopSignal
-from specreason_batch.types import InvalidInput
 from specreason_batch.verify.config import VerifyConfig
 from specreason_batch.verify.job import verify
 
@@ -23,14 +20,7 @@ ConfigStore.instance().store(name="verify_schema", node=VerifyConfig)
 
 def to_config(composed: DictConfig) -> VerifyConfig:
     """Raises InvalidInput."""
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise InvalidInput("\n".join(f"{name}: not set; it needs a value" for name in missing))
-    known = {field.name for field in fields(VerifyConfig)}
-    if unknown := [name for name in map(str, composed) if name not in known]:
-        raise InvalidInput("\n".join(f"{name}: no such field" for name in unknown))
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, VerifyConfig)
-    return config
+    return converted(composed, VerifyConfig)
 
 
 def verify_until_stopped(config: VerifyConfig, console: Console) -> None:

@@ -17,7 +17,7 @@ from specreason_batch.types import InvalidInput, Role
 
 POLICY_NAMES = ("specreason", "base_only", "base_direct", "draft_only", "random")
 SCHEDULE_NAMES = ("lockstep", "overlapped", "continuous", "waves")
-SPECULATION_METHODS = ("none", "draft_model", "ngram", "eagle", "eagle3")  # tested ones; others: docs/speculative.md
+SPECULATION_METHODS = ("none", "draft_model", "ngram", "eagle", "eagle3")  # others: docs/speculative.md
 
 # Fields that cannot change rows: a run may be continued with other values. Everything else is part of the fingerprint.
 SECTIONS = (

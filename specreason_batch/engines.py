@@ -7,7 +7,7 @@ from dataclasses import replace
 from specreason_batch.clock import Clock, WallClock
 from specreason_batch.config import EngineConfig, GenerateConfig
 from specreason_batch.devices import DeviceWatch
-from specreason_batch.engine import Engine, EngineDead
+from specreason_batch.engine import Engine, EngineDead, Speculating
 from specreason_batch.meter import JoulesCounter, find_hardware
 from specreason_batch.progress import Progress
 from specreason_batch.types import Hardware, Role
@@ -118,9 +118,16 @@ def started_engines(
         watch.check_before()
         engines.start()
         yield engines
+        _tell_speculation(engines, progress)
     finally:
         engines.close()
         watch.close()
+
+
+def _tell_speculation(engines: Engines, progress: Progress) -> None:
+    for role, engine in engines.items():
+        if isinstance(engine, Speculating) and engine.speculation is not None:
+            progress.say(f"{role}: speculative decoding: {engine.speculation}")
 
 
 def _with_cores(settings: dict[Role, EngineConfig]) -> dict[Role, EngineConfig]:

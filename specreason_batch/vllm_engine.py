@@ -1,6 +1,7 @@
-"""The Engine protocol over vLLM's offline `LLM`, by its own enqueue and step. The only file that imports vllm.
+"""The Engine protocol over vLLM's offline `LLM`, by its own enqueue and step.
 
-Owns: everything that is peculiar to vLLM, its traps (docs/vllm.md) and the two platforms.
+Owns: everything that is peculiar to vLLM, its traps (docs/vllm.md) and the two platforms; what concerns speculative
+decoding is in `vllm_speculation`. No other files import vllm.
 Does not know: roles, steps, grades, chains.
 """
 
@@ -8,7 +9,6 @@ import copy
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
@@ -24,6 +24,15 @@ from specreason_batch.config import EngineConfig
 from specreason_batch.engine import DeathCause, EngineDead, EngineInfo, SpeculationStats
 from specreason_batch.engine_processes import EngineProcesses, Failure
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Request, Sampling
+from specreason_batch.vllm_speculation import (
+    check_cpu_speculation,
+    counts_guesses,
+    guesses_of,
+    kernels_left_alone,
+    repair_cpu_workers,
+    speculative_arguments,
+    speculative_config,
+)
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -33,7 +42,6 @@ MAX_SEED = 1 << 63
 SPECULATIVE_LOGPROBS = 20  # what to ask for where logprob_token_ids does not work
 CLOSE_SECONDS = 3.0  # that a living engine's processes get to end by themselves
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
-CPU_WORKER = f"{__name__}.SpeculatingCpuWorker"
 
 
 class VllmEngine:
@@ -91,7 +99,7 @@ class VllmEngine:
 
     @property
     def speculation(self) -> SpeculationStats | None:
-        return self._speculation if self._speculative and _tells_speculation() else None
+        return self._speculation if self._speculative and counts_guesses() else None
 
     def submit(self, requests: Sequence[Request]) -> None:
         if not self._outstanding:
@@ -144,10 +152,9 @@ class VllmEngine:
                 if self._processes is not None:
                     stack.enter_context(self._processes.starting())
                     stack.enter_context(_killed_if_it_fails(self._processes))
-                stack.enter_context(_kernels_left_alone())
+                stack.enter_context(kernels_left_alone())
                 llm = LLM(**llm_arguments(config))
-                if llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == CPU_WORKER:
-                    llm.collective_rpc("repair_sampling")
+                repair_cpu_workers(llm)
                 return llm
         except (RuntimeError, MemoryError, TimeoutError, *self._deaths) as error:
             message = f"the engine for {config.model!r} died while starting: {self._failure(error).reason}"
@@ -280,7 +287,7 @@ class VllmEngine:
     def _completion(self, output: Any) -> Completion:
         self._outstanding.discard(output.request_id)
         generated = output.outputs[0]
-        self._speculation += _speculation_of(generated)
+        self._speculation += guesses_of(generated)
         first = generated.logprobs[0] if generated.logprobs else {}
         return Completion(
             request_id=output.request_id,
@@ -365,81 +372,9 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
                 # Sizes nothing then, but vLLM wants it free at the start: its 0.92 would refuse the second engine.
                 arguments["gpu_memory_utilization"] = 0.01
         arguments["kv_offloading_size"] = config.kv_offload_gib
-    if speculative := speculative_config(config):
-        arguments["speculative_config"] = speculative
-        if current_platform.is_cpu():
-            arguments["worker_extension_cls"] = CPU_WORKER
-        if _tells_speculation():
-            arguments["per_request_spec_decode_metrics"] = "summary"
+    arguments |= speculative_arguments(config, on_cpu=current_platform.is_cpu())
     given = {name: value for name, value in arguments.items() if value is not None}
     return given | config.vllm_args
-
-
-def speculative_config(config: EngineConfig) -> dict[str, Any]:
-    """vLLM's dictionary; empty: no speculative decoding."""
-    speculative = config.speculative
-    if not speculative.is_on:
-        return dict(config.vllm_args.get("speculative_config") or {})
-    named = {name: value for name, value in vars(speculative).items() if name != "args" and value is not None}
-    return named | speculative.args
-
-
-class SpeculatingCpuWorker:
-    """Mixed into the workers of a CPU engine that speculates, in whatever process they are."""
-
-    def repair_sampling(self) -> None:
-        """Two faults of vLLM 0.32.0 in how guessed tokens are checked on CPUs.
-
-        It takes uninitialised memory for their temperature, top_p and top_k (vllm-project/vllm issue 55005): sampled
-        completions are wrong, and differ from run to run. And top_k kills it in a pass in which nothing was guessed.
-        """
-        from vllm.v1.sample import rejection_sampler
-
-        if not _expands(rejection_sampler.expand_batch_to_tokens):
-            rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
-        constrain = rejection_sampler.apply_sampling_constraints
-        if constrain.__module__ != __name__:
-            rejection_sampler.apply_sampling_constraints = _constrain_if_any(constrain)
-
-
-def _expands(expand: Callable[..., Any]) -> bool:
-    """Whether it repeats each request's value for each of its guessed tokens."""
-    import torch
-
-    values, ends = torch.tensor([0.5, 0.0]), torch.tensor([1, 3], dtype=torch.int32)
-    return bool(expand(values, ends, 3, replace_from=0, replace_to=1).tolist() == [0.5, 1.0, 1.0])
-
-
-def _expand_batch_to_tokens(values: Any, ends: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
-    """vLLM's function of this name, by its contract. `ends`: the cumulative numbers of guessed tokens."""
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    replaced = values.masked_fill(values == replace_from, replace_to)
-    return replaced.repeat_interleave(counts, output_size=num_tokens)
-
-
-def _constrain_if_any(constrain: Callable[..., Any]) -> Callable[..., Any]:
-    def constrain_if_any(logits: Any, *args: Any) -> Any:
-        return constrain(logits, *args) if logits.shape[0] else logits
-
-    return constrain_if_any
-
-
-def _tells_speculation() -> bool:
-    """Whether this vLLM counts guessed tokens with each request."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    return "per_request_spec_decode_metrics" in EngineArgs.__dataclass_fields__
-
-
-def _speculation_of(generated: Any) -> SpeculationStats:
-    metrics = getattr(generated, "spec_decode_metrics", None)
-    if metrics is None:
-        return SpeculationStats()
-    return SpeculationStats(
-        num_drafts=sum(metrics.histogram),
-        num_drafted_tokens=metrics.num_draft_tokens,
-        num_accepted_tokens=sum(accepted * times for accepted, times in enumerate(metrics.histogram)),
-    )
 
 
 def _check_cpu_arguments(config: EngineConfig) -> None:
@@ -455,11 +390,7 @@ def _check_cpu_arguments(config: EngineConfig) -> None:
             f"vllm_args.max_num_batched_tokens: {config.vllm_args['max_num_batched_tokens']} is under max_model_len="
             f"{config.max_model_len}; a CPU engine cannot prefill in chunks"
         )
-    if speculative_config(config) and config.vllm_args.get("worker_extension_cls"):
-        raise InvalidInput(
-            f"vllm_args.worker_extension_cls: {config.vllm_args['worker_extension_cls']!r} stands where speculative "
-            "decoding on a CPU needs its own; allowed: none"
-        )
+    check_cpu_speculation(config)
     blocks = config.vllm_args.get("num_gpu_blocks_override")
     block_size = config.vllm_args.get("block_size", config.block_size or CPU_BLOCK_SIZE)
     needed = -(-config.max_model_len // block_size) + 1  # vLLM keeps one to itself
@@ -566,25 +497,6 @@ def _groups_kept(kept: bool) -> Iterator[None]:
         yield
     finally:
         core.cleanup_dist_env_and_memory = clean_up
-
-
-@contextmanager
-def _kernels_left_alone() -> Iterator[None]:
-    """Meanwhile, kernels that vLLM has replaced in this process for CPUs are not replaced again.
-
-    Its search for what to replace fails on a module of numba, which n-gram speculation imports: no other in-process
-    engine could start after that.
-    """
-    dispatcher: Any = sys.modules.get("vllm.triton_utils.dispatcher")
-    if not getattr(dispatcher, "_registry", None):
-        yield
-        return
-    register = dispatcher.register_kernels
-    dispatcher.register_kernels = lambda overrides: None
-    try:
-        yield
-    finally:
-        dispatcher.register_kernels = register
 
 
 def _ring_after(target: Any, method: str, clock: Clock) -> None:

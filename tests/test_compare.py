@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from jobs.compare import Made, compare, quoted_items, speed_table, to_config
+from jobs.compare import Made, compare, own_words, speed_table, to_config
 from jobs.compose import compose_generate
 from jobs.launch import ExitStatus
 from specreason_batch.compare import CompareConfig, VariantRun, planned_runs
@@ -32,11 +32,11 @@ def _signals_as_before() -> object:
 
 def config(*overrides: str) -> CompareConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return to_config(compose("compare", [quoted_items(word) for word in overrides]))
+        return to_config(compose("compare", own_words(overrides)))
 
 
 def runs_of(*overrides: str) -> list[VariantRun]:
-    return planned_runs(config(*overrides))
+    return planned_runs(config(*overrides), Path("o"))
 
 
 def quiet() -> Console:
@@ -72,17 +72,18 @@ class Jobs:
 
 def test_every_ready_variant_is_a_valid_run_with_an_output_of_its_own() -> None:
     runs = runs_of()
-    assert len({run.output_dir for run in runs}) == len(runs) == 9
+    assert len({run.output_dir for run in runs}) == len(runs) == 10
     composed = {run.variant: compose_generate(run.words) for run in runs}
-    assert composed["random"].policy.match_run == "outputs/compare/toy/specreason"
+    assert composed["random"].policy.match_run == "o/specreason"
     assert composed["specreason_decode"].base.speculative.model == composed["specreason_decode"].draft.model
     assert {name for name, found in composed.items() if found.base.speculative.is_on} == {
-        *("specreason_decode", "specreason_ngram", "base_direct_decode", "base_direct_ngram")
+        *("specreason_decode", "specreason_ngram"),
+        *("base_only_decode", "base_direct_decode", "base_direct_ngram"),
     }
 
 
 def test_repeats_go_round_robin_with_a_seed_and_a_folder_each() -> None:
-    runs = runs_of("only=[specreason,random]", "repeats=2", "seed=5", "output=o")
+    runs = runs_of("only=[specreason,random]", "repeats=2", "seed=5")
     assert [(run.name, run.seed) for run in runs] == [
         *(("specreason", 5), ("random", 5)),
         *(("specreason.2", 6), ("random.2", 6)),
@@ -92,9 +93,25 @@ def test_repeats_go_round_robin_with_a_seed_and_a_folder_each() -> None:
 
 
 def test_variants_of_the_user_s_own_can_be_added_and_taken_away() -> None:
-    runs = runs_of("+variants.strict=[policy.threshold=9]", "~variants.random", "overrides=[schedule=continuous]")
+    runs = runs_of("+variants.strict=[policy.threshold=9]", "~variants.random")
     assert "random" not in {run.variant for run in runs}
-    assert runs[-1].words == ("experiment=toy", "schedule=continuous", "policy.threshold=9")
+    assert runs[-1].words == ("policy.threshold=9",)
+
+
+def test_other_words_are_every_variant_s(tmp_path: Path) -> None:
+    words = ["experiment=toy", "schedule=continuous", "limit=3", "+base.vllm_args={max_num_seqs: 8}", "repeats=2"]
+    jobs = Jobs()
+    compare(config(*words, "only=[random,base_only]", f"output={tmp_path}"), quiet(), run_job=jobs)
+    assert len(jobs.given) == 4
+    for given in jobs.given:
+        assert given[:3] == ["experiment=toy", "schedule=continuous", "+base.vllm_args={max_num_seqs: 8}"]
+        assert "limit=3" in given
+
+
+def test_output_goes_to_the_experiment_s_own_folder_unless_told() -> None:
+    jobs = Jobs()
+    compare(config("experiment=toy", "only=[base_only]", "verify=false"), quiet(), run_job=jobs)
+    assert jobs.given[0][-1] == 'output_dir="outputs/compare/toy/base_only"'
 
 
 @pytest.mark.parametrize(
@@ -115,13 +132,13 @@ REFUSED = [
     (["repeats=0"], "repeats: 0 is out of range; allowed: at least 1"),
     (["limit=0"], "limit: 0 is out of range; allowed: at least 1"),
     (["seed=-1"], "seed: -1 is out of range; allowed: at least 0"),
-    (["output=' '"], "output: ' ' is empty; allowed: text"),
+    (["output=' '"], "output: ' ' is empty; allowed: null or a folder"),
     (["+variants={a%b: []}"], "variants: 'a%b'; allowed: names of letters, digits, _ and -"),
     (["+variants.mine=[seed=3]"], "variants.mine: 'seed=3' is the same for all"),
-    (["overrides=[output_dir=x]"], "overrides: 'output_dir=x' is the same for all"),
+    (["+variants.mine=[experiment=toy]"], "variants.mine: 'experiment=toy' is the same for all"),
+    (["output_dir=x"], "output_dir=x: each variant has a folder of its own; allowed: output=<a folder for all>"),
     (["+variants.mine=['policy.match_run={nobody}']"], "variants.mine: 'policy.match_run={nobody}' names no variant"),
     (["variants.specreason=['policy.match_run={random}']"], "names no variant before it; allowed: none"),
-    (["+nonsense=1"], "nonsense: no such field"),
 ]
 
 
@@ -130,6 +147,14 @@ def test_a_wrong_choice_is_refused_by_name(overrides: list[str], message: str) -
     with pytest.raises(InvalidInput) as raised:
         config(*overrides)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("word", ["nonsense=1", "overrides=[a=1]", "experiment=no_such", "policy.threshold=99"])
+def test_a_word_that_jobs_generate_does_not_take_is_refused_before_anything_starts(word: str, tmp_path: Path) -> None:
+    jobs = Jobs()
+    with pytest.raises(InvalidInput):
+        compare(config(f"output={tmp_path}", word), quiet(), run_job=jobs)
+    assert jobs.given == []
 
 
 @pytest.mark.parametrize("word", ["policy.threshold=99", "policy=oracle", "no.such.field=1", "policy.threshold"])
@@ -152,6 +177,15 @@ def test_a_run_that_fails_loses_none_of_the_others_and_is_named(tmp_path: Path) 
     assert status != ExitStatus.finished
 
 
+def test_a_run_that_refers_to_a_failed_one_is_not_made(tmp_path: Path) -> None:
+    """It would keep the rate of half a run for good: a folder takes no other configuration."""
+    jobs, console = Jobs({"specreason": ExitStatus.failed}), quiet()
+    status = compare(config("only=[specreason,random,draft_only]", f"output={tmp_path}"), console, run_job=jobs)
+    assert jobs.names == ["specreason", "draft_only"]
+    assert "random: not made, for it refers to a run that failed" in shown(console)
+    assert status == ExitStatus.failed
+
+
 def test_a_signal_stops_before_the_next_run(tmp_path: Path) -> None:
     jobs = Jobs(stop_after=2)
     with pytest.raises(Stopped):
@@ -170,7 +204,7 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_variants_are_run_verified_and_reported_and_not_made_again(tmp_path: Path) -> None:
-    given = ["only=[specreason,random,broken]", "limit=6", f"output={tmp_path}"]
+    given = ["only=[specreason,random,broken]", "limit=6", f"output={tmp_path}", "experiment=toy"]
     given += ["+variants.broken=[input.path=no/such/prompts]"]
     done = job(*given)
     assert done.returncode == ExitStatus.invalid, done.stdout + done.stderr

@@ -1,5 +1,7 @@
 """Real runs of the toy pair: chains, steps, rounds, the account and vLLM's own counters say one and the same."""
 
+import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -21,21 +23,24 @@ from specreason_batch.progress import Progress
 from specreason_batch.run import run_plan
 from specreason_batch.schedules import Stopped
 from specreason_batch.signals import StopSignal
+from specreason_batch.store.attempts import read_attempts
 from specreason_batch.types import Phase, Role
 from specreason_batch.vllm_engine import VllmEngine
 from tests.conftest import toy_engine_config
 from tests.test_toy import plan_for, run
 
 pytestmark = pytest.mark.vllm
-NUM_PROMPTS = 60
 RUNS = {
     "specreason": ["policy=specreason", "schedule=lockstep"],
     "waves": ["policy=specreason", "schedule=waves"],
+    "samples": ["policy=specreason", "schedule=overlapped", "samples_per_prompt=3"],
     "base_only": ["policy=base_only"],
     "base_direct": ["policy=base_direct"],
     "draft_only": ["policy=draft_only"],
     "random": ["policy=random", "policy.accept_rate=0.7"],
 }
+LOCKSTEP_PARTS = ("draft", "grade", "rewrite", "between")
+FREE_PARTS = ("draft_alone", "base_alone", "both", "neither")
 PHASES_AT = {Role.draft: [Phase.draft], Role.base: [Phase.grade, Phase.rewrite, Phase.answer]}
 
 
@@ -99,7 +104,7 @@ def test_tokens_agree_in_chains_steps_rounds_the_account_and_vllms_own_counters(
     pair: CountedPair, tmp_path: Path, name: str
 ) -> None:
     pair.reset()
-    run(pair.engines, tmp_path, f"limit={NUM_PROMPTS}", *RUNS[name])
+    run(pair.engines, tmp_path, "limit=24", *RUNS[name])
     files = RunFiles(tmp_path, name)
     chains, steps, rounds = sums(files.chains), sums(files.steps), sums(files.rounds)
     answering = Role.draft if name == "draft_only" else Role.base
@@ -137,23 +142,23 @@ def test_tokens_agree_in_chains_steps_rounds_the_account_and_vllms_own_counters(
 @pytest.mark.parametrize("name", ["specreason", "waves", "base_only"])
 def test_the_seconds_of_a_run_are_all_accounted_for(pair: CountedPair, tmp_path: Path, name: str) -> None:
     """Clocked here around the run; the account's parts come from the rounds and from the attempt's own record."""
-    plan = plan_for(tmp_path, "limit=200", *RUNS[name])
+    plan = plan_for(tmp_path, "limit=100", *RUNS[name])
     began = time.monotonic()
     run_plan(plan, pair.engines, Progress(Console(quiet=True), 60), StopSignal())
     measured = time.monotonic() - began
     section = account_of(tmp_path).section("wall_clock")
     parts = dict(section.table("parts").frame.select("part", "seconds").rows())
-    assert sum(parts.values()) == pytest.approx(measured, rel=0.02)
+    assert 0.98 * measured <= sum(parts.values()) <= measured
     assert all(seconds >= 0 for seconds in parts.values())
     rounds = sums(RunFiles(tmp_path, name).rounds)
-    if name == "specreason":
-        busy = rounds["draft_busy_seconds"] + rounds["base_busy_seconds"]
-        assert parts["draft"] + parts["grade"] + parts["rewrite"] == pytest.approx(busy, rel=0.02)
-        assert parts["draft"] == pytest.approx(rounds["draft_busy_seconds"], rel=0.05)
-    else:
-        free = [parts[name] for name in ("draft_alone", "base_alone", "both", "neither")]
-        assert sum(free) == pytest.approx(rounds["seconds"])
-    assert section.figure("elapsed_seconds").value == pytest.approx(rounds["seconds"], rel=0.02)
+    clocked = LOCKSTEP_PARTS if name == "specreason" else FREE_PARTS
+    assert sum(parts[part] for part in clocked) == pytest.approx(rounds["seconds"])
+    if name == "specreason":  # a phase is its requests' time and our own before and after them
+        assert parts["draft"] >= rounds["draft_busy_seconds"]
+        assert parts["grade"] + parts["rewrite"] >= rounds["base_busy_seconds"]
+        assert parts["between"] <= rounds["idle_seconds"]
+    elapsed = section.figure("elapsed_seconds").value
+    assert elapsed == pytest.approx(rounds["seconds"], abs=rounds["idle_seconds"] + 0.01)  # before a round begins
 
 
 @dataclass(slots=True)
@@ -177,10 +182,9 @@ def test_a_run_that_was_stopped_twice_and_resumed_still_reconciles(
     """What rounds counted is in committed chains or was done twice; what aborted requests had, vLLM alone knows."""
     pair.reset()
     plan = ["limit=40", "schedule.active_size=16", *RUNS[name]]
-    quiet = Progress(Console(quiet=True), 60)
     for looks in (60, 75):
         with pytest.raises(Stopped):
-            run_plan(plan_for(tmp_path, *plan), pair.engines, quiet, LookedAt(after=looks))
+            run_plan(plan_for(tmp_path, *plan), pair.engines, Progress(Console(quiet=True), 60), LookedAt(after=looks))
     run(pair.engines, tmp_path, *plan)
     report = account_of(tmp_path)
     found = values(report, "tokens", "chains")
@@ -194,3 +198,45 @@ def test_a_run_that_was_stopped_twice_and_resumed_still_reconciles(
     attempts = report.section("wall_clock").table("attempts").frame
     assert attempts["state"].to_list() == ["stopped", "stopped", "finished"]
     assert attempts["num_generated_tokens"].sum() == found["generated_tokens"]
+    parts = report.section("wall_clock").table("parts").frame["part"].to_list()
+    assert parts == ["startup", *(FREE_PARTS if name == "waves" else LOCKSTEP_PARTS), "rest"]  # of rounds cut short too
+
+
+@dataclass(slots=True)
+class Snapshot(StopSignal):
+    """Copies a run's folder as soon as a kill -9 would cost work, which is what it would leave behind; then stops."""
+
+    root: Path = Path()  # of the run's only shard
+    copy: Path = Path()  # of the run
+
+    def check(self) -> None:
+        if self.number is None and self.num_lost > 0:
+            shutil.copytree(self.root.parent, self.copy, ignore=shutil.ignore_patterns(".attempt-*"))
+            self.number = signal.SIGTERM
+        StopSignal.check(self)
+
+    @property
+    def num_lost(self) -> int:
+        """Tokens since the newest checkpoint, as of the last sign of life; 0: there is none yet."""
+        saved = [json.loads(path.read_text()) for path in sorted(self.root.glob("checkpoints/*/about.json"))]
+        known = read_attempts(self.root)
+        return known[-1].progress.num_generated_tokens - saved[-1]["num_generated_tokens"] if known and saved else 0
+
+
+@pytest.mark.parametrize("name", ["specreason", "waves"])
+def test_what_a_kill_lost_is_counted_once_and_the_rest_reconciles(pair: CountedPair, tmp_path: Path, name: str) -> None:
+    settings = ["limit=24", "schedule.active_size=8", "checkpoint.seconds=0.3", *RUNS[name]]
+    settings += ["lease.beat_seconds=0.05", "lease.stale_seconds=1"]
+    kill = Snapshot(root=tmp_path / "run" / "heldout", copy=tmp_path / "killed")
+    with pytest.raises(Stopped):
+        run_plan(plan_for(tmp_path / "run", *settings), pair.engines, Progress(Console(quiet=True), 60), kill)
+    (killed,) = read_attempts(kill.copy / "heldout")
+    run(pair.engines, kill.copy, *settings)
+    report = account_of(kill.copy)
+    found = values(report, "tokens")
+    attempts = report.section("wall_clock").table("attempts").frame
+    assert attempts["state"].to_list() == [killed.state.value, "finished"] == ["running", "finished"]
+    assert found["redone_after_kill_tokens"] == attempts["num_redone_tokens"].sum() > 0
+    assert found["generated_tokens"] == attempts["num_generated_tokens"].sum()
+    assert found["rounds_generated_tokens"] == found["generated_tokens"] - found["redone_after_kill_tokens"]
+    assert found["uncommitted_tokens"] == 0

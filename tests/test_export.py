@@ -1,7 +1,6 @@
 """Runs become data sets that datasets and polars open as they are; what is left out is counted, by name."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -40,7 +39,7 @@ from specreason_batch.export.groups import MARKS, Marks, remove_beyond, split
 from specreason_batch.export.measures import foreign_share, num_repeated, repeated_share, words
 from specreason_batch.export.output import REMOVED
 from specreason_batch.schedules import Stopped
-from specreason_batch.store.attempts import AttemptState
+from specreason_batch.store.attempts import AttemptState, LeaseHeld
 from specreason_batch.types import AnswerEnd, InvalidInput, Role, ThinkingEnd
 from tests.support.finished import TOY, Finished, Told, draft_only, write_run
 
@@ -154,6 +153,16 @@ def test_the_card_tells_what_it_is_and_what_was_left_out(twenty: str, tmp_path: 
     assert manifest["fingerprint"] in text and "threshold 7" in text and f"{TOY}/base" in text
     assert manifest["fingerprint_fields"]["base.model.model.safetensors"] in text
     assert "| 8 to 15 |" not in text and "| 0 to 31 | 20 | █" in text
+
+
+def test_the_card_names_the_licences_of_the_prompts(tmp_path: Path) -> None:
+    chains = [simple(n, columns={"input_license": "mit" if n < 2 else "cc0-1.0"}) for n in range(3)]
+    for name, some, expected in (("two", chains, None), ("one", chains[:2], "mit")):
+        source = run_of(tmp_path / f"run-{name}", some, extra=[("license", pa.string())])
+        run(source, tmp_path / name)
+        text = (tmp_path / name / "README.md").read_text()
+        assert "| mit | 2 |" in text and ("| cc0-1.0 | 1 |" in text) == (expected is None)
+        assert yaml.safe_load(text.split("---\n")[1]).get("license") == expected
 
 
 # --- formats ---
@@ -320,9 +329,11 @@ def test_no_prompt_is_on_both_sides_whatever_its_ids(pairs: list[tuple[int, int]
     marks = Marks(pl.DataFrame(lines, schema=MARKS).with_row_index("place"))
     split(marks, share, seed)
     assert marks.frame["place"].to_list() == list(range(len(pairs)))
-    for name in ("prompt_id", "wording"):
-        sides = marks.frame.group_by(name).agg(pl.col("is_validation").n_unique())
-        assert sides["is_validation"].max() == 1
+    sides = marks.frame["is_validation"].to_list()
+    for shared in (0, 1):
+        assert len({(pair[shared], side) for pair, side in zip(pairs, sides, strict=True)}) == len(
+            {pair[shared] for pair in pairs}
+        )
 
 
 def test_a_prompt_under_two_ids_in_two_runs_is_on_one_side(tmp_path: Path) -> None:
@@ -756,9 +767,20 @@ def test_all_choices_out_of_range_are_named_at_once() -> None:
 # --- the job ---
 
 
-def test_stopped_anywhere_it_leaves_nothing(twenty: str, tmp_path: Path) -> None:
-    config = ExportConfig(runs=[twenty], output=str(tmp_path / "d"), format=Format.raw, validation=0.1, aside=True)
-    for stops_at in range(1, 1000, 4):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", [Format.raw, Format.step_preferences])
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(twenty: str, tmp_path: Path, format: Format) -> None:
+    """Stopped ever later, it never shows an output, never makes a file again, and ends as if left alone."""
+    choices = {"validation": 0.3, "aside": True, "rows_per_file": 3, "name": "one", "tokenizer": DRAFT}
+    choices |= {"select": SelectConfig(per_prompt=1), "near_duplicates": NearDuplicatesConfig(threshold=0.9)}
+    run(twenty, tmp_path / "whole", format, **choices)
+    out = tmp_path / "stopped" / "d"
+    config = ExportConfig(runs=[twenty], output=str(out), format=format, **choices)
+    made: dict[Path, int] = {}  # files that are whole, and when they were written
+    for stops_at in range(1, 1000, 3):
         calls = iter(range(1, 1000))
 
         def check(calls: Iterator[int] = calls, stops_at: int = stops_at) -> None:
@@ -768,10 +790,47 @@ def test_stopped_anywhere_it_leaves_nothing(twenty: str, tmp_path: Path) -> None
         try:
             export(config, Console(file=StringIO()), check)
         except Stopped:
-            assert list(tmp_path.iterdir()) == []
+            assert [path.name for path in out.parent.iterdir()] == [".d.exporting"]
+            work = out.parent / ".d.exporting"
+            now = {
+                path: path.stat().st_mtime_ns
+                for kind in ("survey", "dataset/data")
+                for path in work.glob(f"{kind}/*.p*")
+            }
+            assert made.items() <= now.items()
+            made = now
         else:
             break
-    assert stops_at > 20 and len(rows(tmp_path / "d")) > 30
+    assert stops_at > 9 and len(made) > 12
+    assert contents(out) == contents(tmp_path / "whole")
+    assert [path.name for path in out.parent.iterdir()] == ["d"]
+
+
+def test_what_was_begun_by_other_choices_is_begun_anew(twenty: str, tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def check() -> None:
+        if next(calls) == 20:
+            raise Stopped("test")
+
+    begun = ExportConfig(runs=[twenty], output=str(tmp_path / "d"), format=Format.raw, rows_per_file=3)
+    with pytest.raises(Stopped):
+        export(begun, Console(quiet=True), check)
+    assert list(tmp_path.glob(".d.exporting/dataset/data/*"))
+    run(twenty, tmp_path / "d", validation=0.4)
+    run(twenty, tmp_path / "e", validation=0.4, name="d")
+    assert contents(tmp_path / "d") == contents(tmp_path / "e")
+
+
+def test_two_exports_to_one_output_do_not_meet(twenty: str, tmp_path: Path) -> None:
+    config = ExportConfig(runs=[twenty], output=str(tmp_path / "d"), format=Format.raw)
+
+    def meanwhile() -> None:
+        with pytest.raises(LeaseHeld, match="another process's"):
+            export(config, Console(quiet=True))
+
+    export(config, Console(quiet=True), meanwhile)
+    assert len(rows(tmp_path / "d")) == 40 - len(rows(tmp_path / "d", "validation"))
 
 
 def job(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -789,19 +848,33 @@ def test_the_command_exports_and_a_mistake_is_one_message(one: str, tmp_path: Pa
     assert process.returncode == ExitStatus.invalid and "Traceback" not in err and "run.json" in err
 
 
-def test_a_signal_ends_it_with_nothing_half_written(tmp_path: Path) -> None:
-    """In the first pass, which takes seconds by sketches of long texts."""
-    chains = [simple(n, steps=story(n % 100) * 40) for n in range(600)]
-    source = run_of(tmp_path / "run", chains, part_chains=100)
-    out = tmp_path / "out" / "d"
-    process = job(f"runs=[{source}]", f"output={out}", "format=sft_messages", "near_duplicates.threshold=0.8")
-    deadline = time.monotonic() + 60
-    while not list(out.parent.glob(".d.preparing-*/sketches.bin")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == ExitStatus.stopped, err
-    assert not out.parent.exists()
+def ended_by(number: signal.Signals, arguments: Sequence[str], surveys: Path, num_surveys: int) -> int:
+    """The exit status of an export that a signal ends in its first pass, once so many parts were looked at."""
+    process = job(*arguments)
+    deadline = time.monotonic() + 100
+    while len(list(surveys.glob("*.parquet"))) < num_surveys and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def test_killed_or_told_to_stop_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
+    chains = [simple(n, steps=story(n % 100) * 20) for n in range(600)]
+    source = run_of(tmp_path / "run", chains, part_chains=10)
+    out = tmp_path / "d"
+    given = [f"runs=[{source}]", f"output={out}", "format=sft_messages", "near_duplicates.threshold=0.8", "name=one"]
+    surveys = tmp_path / ".d.exporting" / "survey"
+    assert ended_by(signal.SIGTERM, given, surveys, 1) == ExitStatus.stopped
+    assert not out.exists()
+    num_done = len(list(surveys.glob("*.parquet")))
+    assert ended_by(signal.SIGKILL, given, surveys, num_done + 1) == -signal.SIGKILL
+    assert not out.exists()
+    _, err = job(*given).communicate(timeout=100)
+    near = NearDuplicatesConfig(threshold=0.8)
+    run(source, tmp_path / "whole", name="one", validation=0.02, near_duplicates=near)
+    assert err == "" and contents(out) == contents(tmp_path / "whole")
 
 
 def test_the_command_lines_choices_are_the_schemas() -> None:

@@ -34,8 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "simulation": {"types", "chain", "rounds", "seeds", "policies", "schedules", "simulated_engine"},
     "profiles": {"simulated_engine", "simulation"},
     "replay": {"types", "chain", "rounds", "schedules", "simulation"},
-    "vllm_engine": {"types", "engine", "engine_processes", "clock", "config"},
+    "vllm_speculation": {"types", "engine", "config"},
+    "vllm_engine": {"types", "engine", "engine_processes", "clock", "config", "vllm_speculation"},
     "devices": {"types", "config", "engine"},
+    "calibrate": {"types", "engine"},
+    "compare": {"types"},
     "store": {"__init__", "types", "chain", "rounds", "config", "translator", "store"},
     "plan": {"types", "chain", "chat", "judge", "config", "policies", "translator", "store"},
     "ledger": {"types", "chain", "rounds", "meter", "plan", "store"},
@@ -84,8 +87,8 @@ READER = {"types", "answers", "seeds", "store", "status", "summary", "show", "ac
 
 # Who may import what is heavy or belongs to one place only.
 OUTSIDE: dict[str, set[str]] = {
-    "vllm": {"vllm_engine"},
-    "torch": {"vllm_engine"},
+    "vllm": {"vllm_engine", "vllm_speculation"},
+    "torch": {"vllm_speculation"},
     "transformers": {"chat"},
     "tokenizers": {"chat"},
     "hydra": set(),

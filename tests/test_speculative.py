@@ -21,8 +21,10 @@ from specreason_batch.judge import Judge
 from specreason_batch.plan import make_plan
 from specreason_batch.probe import probe_cache, probe_grade
 from specreason_batch.store.manifest import fingerprint_fields
+from specreason_batch.summary import summarise
 from specreason_batch.types import Completion, FinishReason, InvalidInput, Role, Sampling
-from specreason_batch.vllm_engine import VllmEngine, check_platform, llm_arguments, speculative_config
+from specreason_batch.vllm_engine import VllmEngine, check_platform, llm_arguments
+from specreason_batch.vllm_speculation import speculative_config
 from tests.conftest import TOY, toy_engine_config
 from tests.support.configs import make_config
 from tests.support.near import same
@@ -57,6 +59,12 @@ def base(method: str, toy_clock: WallClock) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
+def greedy_texts(toy_engines: dict[Role, Engine], openings: list[list[int]]) -> dict[str, tuple[int, ...]]:
+    """Of the toy base without speculation."""
+    return texts(toy_engines[Role.base], openings, GREEDY)
+
+
+@pytest.fixture(scope="module")
 def engines(base: VllmEngine, toy_engines: dict[Role, Engine]) -> dict[Role, Engine]:
     return {Role.base: base, Role.draft: toy_engines[Role.draft]}
 
@@ -79,9 +87,9 @@ def num_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
 
 
 def test_greedy_completions_are_those_without_speculation(
-    base: VllmEngine, toy_engines: dict[Role, Engine], openings: list[list[int]]
+    base: VllmEngine, greedy_texts: dict[str, tuple[int, ...]], openings: list[list[int]]
 ) -> None:
-    assert num_equal(texts(base, openings, GREEDY), texts(toy_engines[Role.base], openings, GREEDY)) == CHAINS
+    assert num_equal(texts(base, openings, GREEDY), greedy_texts) == CHAINS
 
 
 def test_seeded_completions_are_reproducible_in_any_batch(base: VllmEngine, openings: list[list[int]]) -> None:
@@ -92,17 +100,21 @@ def test_seeded_completions_are_reproducible_in_any_batch(base: VllmEngine, open
     assert len({text[-8:] for text in together.values()}) > 1
 
 
+SAMPLINGS = (Sampling(temperature=1.5), Sampling(temperature=2.0, top_p=0.8), Sampling(temperature=2.0, top_k=2))
+
+
+@pytest.fixture(scope="module")
+def usual_shares(toy_engines: dict[Role, Engine], openings: list[list[int]]) -> dict[Sampling, dict[int, float]]:
+    """Of the toy base without speculation."""
+    return {sampling: shares(toy_engines[Role.base], openings[0], sampling) for sampling in SAMPLINGS}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampled_tokens_have_the_distribution_that_they_have_without_speculation(
-    base: VllmEngine, toy_engines: dict[Role, Engine], openings: list[list[int]]
+    sampling: Sampling, base: VllmEngine, usual_shares: dict[Sampling, dict[int, float]], openings: list[list[int]]
 ) -> None:
     """Temperature, top_p and top_k must reach the tokens that are guessed: they once did not (docs/speculative.md)."""
-    for sampling in (
-        Sampling(temperature=1.5),
-        Sampling(temperature=2.0, top_p=0.8),
-        Sampling(temperature=2.0, top_k=2),
-    ):
-        found, wanted = (shares(engine, openings[0], sampling) for engine in (base, toy_engines[Role.base]))
-        assert distance(found, wanted) < 0.06, sampling
+    assert distance(shares(base, openings[0], sampling), usual_shares[sampling]) < 0.06
 
 
 def shares(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[int, float]:
@@ -236,49 +248,68 @@ POLICIES = {
     "base_only": [],
     "base_direct": [],
     "random": ["policy.accept_rate=0.7"],
+    "draft_only": [],
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+def greedy(policy: str) -> list[str]:
+    return ["limit=24", "sampling=greedy", f"policy={policy}", *POLICIES[policy]]
+
+
+@pytest.fixture(scope="module")
+def usual_runs(toy_engines: dict[Role, Engine], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A greedy run of each policy without speculation."""
+    place = tmp_path_factory.mktemp("usual")
+    return {policy: run(toy_engines, place / policy, *greedy(policy)) for policy in POLICIES}
+
+
+@pytest.mark.parametrize("policy", ["specreason", "base_only", "base_direct", "random"])
 def test_greedy_rows_are_those_without_speculation(
-    policy: str, engines: dict[Role, Engine], toy_engines: dict[Role, Engine], tmp_path: Path
+    policy: str, engines: dict[Role, Engine], usual_runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    common = ["limit=24", "sampling=greedy", f"policy={policy}", *POLICIES[policy]]
-    found = run(engines, tmp_path / "speculating", *common)
-    wanted = run(toy_engines, tmp_path / "plain", *common)
+    """Every text, token, score and decision."""
+    found = run(engines, tmp_path, *greedy(policy))
     for kind in ("chains", "steps"):
-        assert same(read(found, kind), read(wanted, kind))
+        assert same(read(found, kind), read(usual_runs[policy], kind))
 
 
 def test_speculation_in_the_draft_engine_changes_no_greedy_row(
-    toy_engines: dict[Role, Engine], toy_clock: WallClock, tmp_path: Path
+    usual_runs: dict[str, Path], toy_clock: WallClock, tmp_path: Path
 ) -> None:
-    common = ["limit=24", "sampling=greedy", "policy=draft_only"]
     engine = VllmEngine(speculating(Role.draft, **METHODS["ngram"]), clock=toy_clock)
     try:
-        found = run({Role.draft: engine}, tmp_path / "speculating", *common)
+        found = run({Role.draft: engine}, tmp_path, *greedy("draft_only"))
         assert engine.speculation is not None
         assert engine.speculation.num_drafts > 0
     finally:
         engine.close()
-    wanted = run(toy_engines, tmp_path / "plain", *common)
+    wanted = usual_runs["draft_only"]
     assert all(same(read(found, kind), read(wanted, kind)) for kind in ("chains", "steps"))
 
 
+SAMPLED = ["limit=100", "sampling=paper", "policy=specreason"]
+
+
+@pytest.fixture(scope="module")
+def usual_accuracy(toy_engines: dict[Role, Engine], tmp_path_factory: pytest.TempPathFactory) -> float:
+    return accuracy(run(toy_engines, tmp_path_factory.mktemp("sampled"), *SAMPLED))
+
+
 def test_sampled_chains_are_as_good_as_without_speculation(
-    engines: dict[Role, Engine], toy_engines: dict[Role, Engine], tmp_path: Path
+    engines: dict[Role, Engine], usual_accuracy: float, tmp_path: Path
 ) -> None:
-    """Other random numbers are drawn, from the same distribution: 120 chains, within what chance allows them."""
-    common = ["limit=120", "sampling=paper", "policy=specreason"]
-    right = [
-        read(run(given, tmp_path / name, *common), "chains")
-        .select(right=pl.col("answer").str.extract(r"boxed\{(\d+)\}") == pl.col("gold_answer"))["right"]
-        .fill_null(False)
-        .sum()
-        for name, given in (("speculating", engines), ("plain", toy_engines))
-    ]
-    assert abs(right[0] - right[1]) <= 12
-    assert min(right) > 60
+    """Other random numbers are drawn, from the same distribution: two runs of 100 chains, within 3 standard errors."""
+    found = accuracy(run(engines, tmp_path, *SAMPLED))
+    error = (usual_accuracy * (1 - usual_accuracy) * 2 / 100) ** 0.5
+    assert abs(found - usual_accuracy) < 3 * error
+    assert usual_accuracy > 0.5
+
+
+def accuracy(output: Path) -> float:
+    summary = summarise(output)
+    assert summary is not None
+    assert summary.accuracy is not None
+    return summary.accuracy
 
 
 # --- heads that are trained for it ---
@@ -301,11 +332,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_untrained_eagle_head_changes_no_greedy_row(
-    head: Path, toy_engines: dict[Role, Engine], judge: Judge, openings: list[list[int]]
+    head: Path, greedy_texts: dict[str, tuple[int, ...]], judge: Judge, openings: list[list[int]]
 ) -> None:
     engine = VllmEngine(speculating(Role.base, method="eagle", model=str(head), num_speculative_tokens=2))
     try:
-        assert num_equal(texts(engine, openings, GREEDY), texts(toy_engines[Role.base], openings, GREEDY)) == CHAINS
+        assert num_equal(texts(engine, openings, GREEDY), greedy_texts) == CHAINS
         assert probe_grade(engine, judge, openings[0]).mass > 0
         assert engine.speculation is not None
         assert engine.speculation.num_drafts > 0
@@ -314,6 +345,7 @@ def test_an_untrained_eagle_head_changes_no_greedy_row(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_model"], indirect=True)
 def test_an_engine_in_processes_of_its_own_speculates_too(
     openings: list[list[int]], base: VllmEngine, method: str
 ) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ ROOT = Path(__file__).parent.parent
 MATH500 = Path(__file__).parent / "data" / "math500_answers.parquet"
 HANGS = "\\boxed{10^{10^{10}}}"  # SymPy works the power out
 TOO_BIG = "\\boxed{(1+x)^{100000}}"  # half a gigabyte, for a comparison with 7
+TIMEOUT = 2.0  # seconds; of a job in a process of its own
+PATIENCE = 300.0  # seconds for what takes two on an idle machine
 Row = dict[str, Any]
 
 
@@ -111,6 +114,9 @@ def same(expected: str, extracted: str, kind: AnswerKind | None = None) -> bool 
 # --- MATH-500 ---
 
 
+NO_SUM = re.compile(r"[,=<%_]|\\(?:text|mbox|in|cup|le|begin|pm|\$)|^[a-zA-Z ]+$|circ")  # one may not add to it
+
+
 def changed_digit(answer: str) -> str | None:
     """A near miss: the last digit one up. None where there is no digit."""
     at = max((place for place, letter in enumerate(answer) if letter.isdecimal()), default=None)
@@ -118,10 +124,18 @@ def changed_digit(answer: str) -> str | None:
 
 
 def test_math500_is_judged_as_people_would(tmp_path: Path) -> None:
-    """Its solutions right; another problem's answers, and answers with one digit changed, wrong."""
+    """Its solutions and its answers as a sum right; another problem's answers, and its own with a digit changed, wrong.
+
+    Where the other problem has the same answer, spelt the same, the pair is left out: calling it right is no mistake.
+    """
     rows = pq.read_table(MATH500).to_pylist()
     assert len(rows) == 500
     solved = [chain(row["unique_id"], row["solution"], row["answer"]) for row in rows]
+    respelt = [
+        chain(row["unique_id"], f"\\boxed{{{row['answer']}+1-1}}", row["answer"])
+        for row in rows
+        if not NO_SUM.search(row["answer"])
+    ]
     rotated, near = [], []
     for row, other in zip(rows, [*rows[137:], *rows[:137]], strict=True):
         if other["answer"] != row["answer"]:
@@ -129,18 +143,18 @@ def test_math500_is_judged_as_people_would(tmp_path: Path) -> None:
         if (changed := changed_digit(row["answer"])) is not None:
             near.append(chain(row["unique_id"], f"\\boxed{{{changed}}}", row["answer"]))
     seconds = {}
-    for name, chains in (("solved", solved), ("rotated", rotated), ("near", near)):
+    for name, chains in (("solved", solved), ("respelt", respelt), ("rotated", rotated), ("near", near)):
         began = time.monotonic()
         print(run(write_run(tmp_path / name, [chains])))
         seconds[name] = time.monotonic() - began
-    right = {name: [row["verdict"] == "right" for row in verdicts(tmp_path / name)] for name in seconds}
-    for name, expected in (("solved", True), ("rotated", False), ("near", False)):
-        missed = [row for row, found in zip(verdicts(tmp_path / name), right[name], strict=True) if found != expected]
-        print(f"{name}: {len(right[name]) - len(missed)} of {len(right[name])} as expected, {seconds[name]:.1f} s")
+    for name, expected in (("solved", "right"), ("respelt", "right"), ("rotated", "wrong"), ("near", "wrong")):
+        found = verdicts(tmp_path / name)
+        missed = [row for row in found if row["verdict"] != expected]
+        print(f"{name}: {len(found) - len(missed)} of {len(found)} {expected}, {seconds[name]:.1f} s")
         for row in missed:
             print("  ", {key: row[key] for key in ("prompt_id", "extracted", "expected", "verdict", "reason")})
-        assert len(missed) <= 0.01 * len(right[name])
-    assert len(rotated) == 497 and len(near) > 480
+        assert len(missed) <= 0.01 * len(found)
+    assert len(respelt) > 400 and len(rotated) == 497 and len(near) > 480
 
 
 # --- what is the same, and what is not ---
@@ -176,6 +190,9 @@ SAME = [
     ("y=2x+1", "y-2x=1"),
     ("2516_8", "2516_{8}"),
     ("\\log_2 8", "3"),
+    ("0", "2-2"),
+    ("18", "2(9)"),
+    ("9", "\\frac{2(9)}{2}"),
     ("\\sqrt{2}", "1.41421356"),
     ("\\text{(C)}", "C"),
     ("B", "(b) it is Paris"),
@@ -206,6 +223,8 @@ DIFFERENT = [
     ("0.0000001", "0.0000002"),
     ("\\frac{1}{10000000}", "0.0"),
     ("\\frac13", "0.33"),
+    ("11", "2(9)"),
+    ("0", "10^{-9}"),
     ("0.5", "0.5\\%"),
     ("5", "0.05\\%"),
     ("2516_8", "2516_7"),
@@ -346,15 +365,6 @@ def test_what_takes_too_much_memory_is_told_apart_from_a_wrong_answer(tmp_path: 
     assert "0 timed out, 1 killed their worker" in said
 
 
-def test_a_worker_imports_neither_engines_nor_a_data_library() -> None:
-    code = (
-        "import sys, specreason_batch.verify.workers as w; "
-        "print(sorted({'vllm', 'torch', 'polars', 'pyarrow', 'transformers', 'hydra'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
-
-
 # --- votes ---
 
 
@@ -427,8 +437,9 @@ def test_a_part_waits_for_the_other_samples_of_its_prompts(tmp_path: Path) -> No
     write_run(tmp_path, [first], samples=2, has_gold=False)
     said = run(tmp_path)
     assert "1 part(s) wait for other samples" in said and "no verdicts yet" in said
+    assert "again, when the run has gone on" in said and "jobs.export" not in said
     write_run(tmp_path, [[chain("p", "\\boxed{1.0}", sample=1)]], samples=2, has_gold=False)
-    run(tmp_path)
+    assert "select.answers=right_or_majority" in run(tmp_path)
     assert judged(tmp_path) == [("right", None)] * 4
 
 
@@ -540,7 +551,7 @@ def test_verdicts_lie_row_by_row_beside_the_chains(tmp_path_factory: pytest.Temp
 
 
 def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "jobs.verify", f"run={root}", "num_workers=2", "timeout_seconds=4"]
+    command = [sys.executable, "-m", "jobs.verify", f"run={root}", "num_workers=2", f"timeout_seconds={TIMEOUT}"]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     )
@@ -548,47 +559,48 @@ def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
 
 def wait_for_verdicts(root: Path, process: "subprocess.Popen[str]") -> Path:
     """The first verdicts file."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (found := sorted(root.glob("*/verdicts/part-*.parquet"))):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     return found[0]
 
 
+OF_HALF_HANGING = [("right", None), ("unverifiable", f"timed out after {TIMEOUT:g} s"), ("right", None)]
+
+
 def half_hanging(root: Path) -> Path:
-    """One part that is judged at once, and one that takes four seconds at least."""
+    """One part that is judged at once, and one that takes two timeouts at least."""
     return write_run(root, [[chain("a", "\\boxed{1}", "1")], [chain("b", HANGS, "1"), chain("c", "\\boxed{1}", "1")]])
 
 
-def test_a_signal_stops_it_at_once_and_the_next_call_goes_on(tmp_path: Path) -> None:
+def test_a_signal_stops_it_and_the_next_call_goes_on(tmp_path: Path) -> None:
     process = start(half_hanging(tmp_path))
     first = wait_for_verdicts(tmp_path, process)
     made = first.stat().st_mtime_ns
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
-    assert time.monotonic() - began < 5
     assert "stopped: signal SIGTERM" in said and "Traceback" not in said
     assert judged(tmp_path) == [("right", None)]
-    said = run(tmp_path, timeout_seconds=4.0)
+    run(tmp_path, timeout_seconds=TIMEOUT)
     assert first.stat().st_mtime_ns == made
-    assert judged(tmp_path) == [("right", None), ("unverifiable", "timed out after 4 s"), ("right", None)]
+    assert judged(tmp_path) == OF_HALF_HANGING
 
 
-def test_a_kill_leaves_neither_half_a_file_nor_a_worker(tmp_path: Path) -> None:
+def test_a_kill_leaves_neither_half_a_file_nor_a_worker_and_changes_no_verdict(tmp_path: Path) -> None:
     process = start(half_hanging(tmp_path), VERIFY_TEST=str(tmp_path))
     wait_for_verdicts(tmp_path, process)
     assert len(with_environment(f"VERIFY_TEST={tmp_path}")) >= 3, "itself and its workers"
     process.kill()
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
+    process.communicate(timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while with_environment(f"VERIFY_TEST={tmp_path}"):
         assert time.monotonic() < deadline, "a worker outlives its job"
         time.sleep(0.1)
     assert judged(tmp_path) == [("right", None)], "what is there is whole"
-    run(tmp_path, timeout_seconds=1.5)
-    assert len(judged(tmp_path)) == 3
+    run(tmp_path, timeout_seconds=TIMEOUT)
+    assert judged(tmp_path) == OF_HALF_HANGING
 
 
 def with_environment(variable: str) -> list[int]:
@@ -607,7 +619,7 @@ def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
     parts = [[chain(f"{part}-{row}", f"\\boxed{{{row}}}", "7") for row in range(30)] for part in range(6)]
     before = digests(write_run(tmp_path, parts))
     for process in [start(tmp_path), start(tmp_path)]:
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said
     assert digests(tmp_path) == before
     assert len(verdicts(tmp_path)) == 180
@@ -655,7 +667,7 @@ def test_every_choice_out_of_range_is_named() -> None:
 def test_the_command_line_says_what_it_can_and_what_is_wrong(tmp_path: Path) -> None:
     def call(*arguments: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "jobs.verify", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
         return done.returncode, done.stdout + done.stderr
 
     status, said = call("--help")

@@ -3,6 +3,7 @@
 A unit is a prompt with all its samples in every run compared: what belongs together is drawn together.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,21 @@ Array = NDArray[Any]
 Statistic = Callable[[Array], Array]  # sums by column, in the last axis, to numbers
 
 NUM_RESAMPLES = 4000
-MAX_UNITS = 20_000  # more prompts than this are first thrown together at random: drawing a million anew takes minutes
+MAX_UNITS = 5_000  # more prompts than this are first thrown together at random: drawing a million anew takes minutes
 _CHUNK = 4_000_000  # draws at a time
+_NOTHING = 1e-12  # a difference that is rounding
 
 
 def interval(values: Array, statistic: Statistic, seed: int = 0) -> tuple[float, float]:
-    """Percentiles 2.5 and 97.5 of the statistic over resamples of the rows. NaN where a resample has none."""
+    """Percentiles 2.5 and 97.5 of the statistic over resamples of the rows.
+
+    NaN where a resample has no statistic, and where all have the same one: a single row, or rows that are all alike,
+    tell nothing of how much others differ.
+    """
     drawn = statistic(resampled_sums(_units(values, seed), NUM_RESAMPLES, seed))
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
+    with np.errstate(invalid="ignore"):  # a ratio to nothing
+        low, high = np.quantile(drawn, (0.025, 0.975))
+    return (math.nan, math.nan) if math.isclose(low, high, abs_tol=_NOTHING) else (float(low), float(high))
 
 
 def resampled_sums(units: Array, num_resamples: int, seed: int) -> Array:
@@ -39,7 +46,7 @@ def _drawn(random: np.random.Generator, size: int, number: int) -> Array:
 
 
 def _units(values: Array, seed: int) -> Array:
-    """The rows, or sums over random groups of them of equal size (but for one)."""
+    """The rows, or sums over random groups of them, equal in size but for one row."""
     if len(values) <= MAX_UNITS:
         return values
     order = np.random.default_rng(seed).permutation(len(values))

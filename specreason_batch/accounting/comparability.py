@@ -15,11 +15,27 @@ _FREE = ("policy.", "seed", "seeded", "schema_version", "input.")
 _MAX_NAMED = 3  # differing fields, in a warning
 
 
-def warnings(first: RunFiles, other: RunFiles) -> Iterator[str]:
-    """Of one pair; the first is the baseline."""
-    pair = f"{first.label} and {other.label}"
-    for text in (*_settings(first, other), *_hardware(first, other), *_verification(first, other)):
-        yield f"{pair}: {text}"
+def warnings(first: RunFiles, other: RunFiles, prompts: "Prompts") -> Iterator[str]:
+    """Of one pair; the first is the baseline, `prompts` how theirs meet."""
+    texts = prompts.warnings
+    if prompts.num_common:
+        texts += [*_settings(first, other), *_hardware(first, other), *_verification(first, other)]
+    for text in texts:
+        yield f"{first.label} and {other.label}: {text}"
+
+
+def unverified(runs: Sequence[RunFiles]) -> Iterator[str]:
+    """Of each by itself: verdicts that are not there, or not of one kind."""
+    if not any(run.files("verdicts") for run in runs):
+        yield "no run is verified: which answers are right is not known (python -m jobs.verify)"
+        return
+    for run in runs:
+        missing = len(run.files("chains")) - len(run.files("verdicts"))
+        if missing:
+            told = "not verified" if not run.files("verdicts") else f"not verified in {missing:,} of its parts"
+            yield f"{run.label} is {told}: python -m jobs.verify run={run.output_dir}"
+        if len(_verify_settings(run)) > 1:
+            yield f"the verdicts of {run.label} are of several settings; verify it again"
 
 
 def _settings(first: RunFiles, other: RunFiles) -> Iterator[str]:
@@ -88,14 +104,7 @@ def _machines(run: RunFiles) -> set[str]:
 
 def _verification(first: RunFiles, other: RunFiles) -> Iterator[str]:
     settings = [_verify_settings(run) for run in (first, other)]
-    for run, found in zip((first, other), settings, strict=True):
-        if len(found) > 1:
-            yield f"the verdicts of {run.label} are of several settings; verify it again"
-    if not settings[0] or not settings[1]:
-        if settings[0] or settings[1]:
-            missing = other if settings[0] else first
-            yield f"{missing.label} is not verified: python -m jobs.verify run={missing.output_dir}"
-    elif settings[0] != settings[1]:
+    if all(settings) and settings[0] != settings[1]:
         yield "verified with different settings: their accuracies are not comparable"
 
 
@@ -108,34 +117,43 @@ def _verify_settings(run: RunFiles) -> set[bytes]:
 class Prompts:
     """How the prompts of two runs meet."""
 
-    num_common: int
+    num_common: int  # the same prompt_id and the same text
     num_only_first: int
     num_only_other: int
-    num_differing: int  # of the common ones, those whose text differs
+    num_differing: int  # the same prompt_id, but another text: not the same prompt
 
     @classmethod
-    def of(cls, first: RunFiles, other: RunFiles) -> "Prompts":
-        found = (
-            _texts(first)
-            .join(_texts(other), on="prompt_id", how="full", suffix="_other", coalesce=True)
-            .select(
-                num_common=(pl.col("text").is_not_null() & pl.col("text_other").is_not_null()).sum(),
-                num_only_first=pl.col("text_other").is_null().sum(),
-                num_only_other=pl.col("text").is_null().sum(),
-                num_differing=(pl.col("text") != pl.col("text_other")).sum(),
-            )
+    def of(cls, first: pl.DataFrame, other: pl.DataFrame) -> "Prompts":
+        """From a row a prompt: prompt_id, text (see `texts`)."""
+        first, other = (prompts.select("prompt_id", "text") for prompts in (first, other))
+        same_id = first.join(other, on="prompt_id", suffix="_other")
+        num_common = int((same_id["text"] == same_id["text_other"]).sum())
+        return cls(
+            num_common=num_common,
+            num_only_first=first.height - same_id.height,
+            num_only_other=other.height - same_id.height,
+            num_differing=same_id.height - num_common,
         )
-        return cls(**found.collect(engine="streaming").row(0, named=True))
 
-    def warnings(self, first: RunFiles, other: RunFiles) -> Iterator[str]:
-        pair = f"{first.label} and {other.label}"
-        if self.num_only_first or self.num_only_other:
-            only = f"{self.num_only_first:,} only in the first, {self.num_only_other:,} only in the second"
-            yield f"{pair}: different prompts ({only}); differences are over the {self.num_common:,} in both"
-        if self.num_differing:
-            yield f"{pair}: {self.num_differing:,} prompts of the same prompt_id have different texts"
+    @property
+    def warnings(self) -> list[str]:
+        apart = [
+            f"{number:,} {where}"
+            for number, where in (
+                (self.num_only_first, "only in the first"),
+                (self.num_only_other, "only in the second"),
+                (self.num_differing, "of the same prompt_id but with different texts"),
+            )
+            if number
+        ]
+        if not self.num_common:
+            return [f"no prompt in common ({', '.join(apart)}): the two cannot be compared"]
+        if not apart:
+            return []
+        over = f"differences are over the {self.num_common:,} in both, throughput is over all"
+        return [f"different prompts ({', '.join(apart)}); {over}"]
 
 
-def _texts(run: RunFiles) -> pl.LazyFrame:
-    """A hash of each prompt's text."""
-    return run.chains.group_by("prompt_id").agg(text=pl.col("prompt").fill_null("").hash(seed=0).first())
+def texts(run: RunFiles) -> pl.LazyFrame:
+    """A row a prompt: prompt_id, and `text`, a hash of what it says."""
+    return run.chains.group_by("prompt_id").agg(text=pl.col("prompt").hash(seed=0).first())

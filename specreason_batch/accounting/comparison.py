@@ -4,8 +4,9 @@ An interval is of the prompts (and samples) that happened to be drawn, by paired
 in no interval: a run is timed once, and only repeats would show how much two timings of one run differ.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -24,11 +25,11 @@ from specreason_batch.accounting.ratios import percent, ratio
 from specreason_batch.types import InvalidInput
 
 TEXT = (
-    "Every run against one baseline. Differences are over the prompts that both have, with 95 % confidence intervals "
-    "by paired bootstrap over prompts, all samples of a prompt together. Speeds are of machine time: they compare runs "
-    "on equal hardware only. The measured speed-up has no interval: each run was timed once, and how much two timings "
-    "of one run differ is not known from one. The attributed one has an interval for the choice of prompts, not for "
-    "the machine."
+    "Every run against one baseline. Differences are over the prompts that both have, every prompt counting alike, "
+    "with 95 % confidence intervals by paired bootstrap over prompts, all samples of a prompt together. Speeds are of "
+    "machine time: they compare runs on equal hardware only. The measured speed-up has no interval: each run was timed "
+    "once, and how much two timings of one run differ is not known from one. The attributed one has an interval for "
+    "the choice of prompts, not for the machine."
 )
 
 
@@ -54,7 +55,7 @@ class Compared:
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
-        """Sums over each prompt's chains: a row a prompt, in prompt_id order. NaN: unknown."""
+        """Sums over each prompt's chains, and `text` (comparability): a row a prompt, in order. NaN: unknown."""
         cost = StreamCost.of(self.run, self.constants).columns["stream"] if self.constants else pl.lit(None, pl.Float64)
         is_gold = pl.col("verdict_basis") == "gold"
         kept = pl.sum_horizontal("num_draft_tokens_kept", "num_base_tokens", "num_answer_tokens")
@@ -65,34 +66,42 @@ class Compared:
             "kept": kept,
             "generated": kept + pl.col("num_draft_tokens_rejected"),
             "seconds": pl.col("attributed_seconds").fill_null(np.nan),
+            **{name: pl.col("attributed_seconds").fill_null(np.nan) * self._a_second(name) for name in COSTS},
             "stream": cost.fill_null(np.nan),
         }
         sums = per_chain(self.run).select("prompt_id", **columns).group_by("prompt_id").agg(pl.col(*columns).sum())
-        return sums.with_columns(pl.col(*columns).cast(pl.Float64)).collect(engine="streaming").sort("prompt_id")
+        numbers = sums.with_columns(pl.col(*columns).cast(pl.Float64))
+        return numbers.join(comparability.texts(self.run), on="prompt_id").collect(engine="streaming").sort("prompt_id")
 
     @cached_property
     def totals(self) -> dict[str, float]:
         """Over all its prompts."""
-        return self.prompts.select(pl.all().exclude("prompt_id").sum()).row(0, named=True)
+        return self.prompts.select(pl.all().exclude("prompt_id", "text").sum()).row(0, named=True)
 
     @cached_property
     def chains_per_second(self) -> float | None:
         spent = rates(self.run)
         return ratio(self.run.num_chains, spent.seconds) if spent else None
 
-    def figure(self, section: str, name: str) -> Figure | None:
-        """Of its account; None: there is no such one."""
-        found = [item for item in self.account.sections if item.name == section] if self.account else []
-        return next((figure for item in found for figure in item.figures if figure.name == name), None)
+    def cost(self, name: str) -> Figure | None:
+        """Of a chain, by its account; None: unknown."""
+        found = self.account.section("cost").figure(f"{name}_per_chain") if self.account else None
+        return found if found and found.value is not None else None
+
+    def _a_second(self, cost: str) -> float:
+        """What a second of its machine time costs. NaN: unknown."""
+        found, speed = self.cost(cost), self.chains_per_second
+        value = found.value if found else None
+        return math.nan if value is None or speed is None else value * speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """What two runs are compared in: a share or a mean of each, and how the two are set against each other."""
+    """What two runs are compared in: a mean over prompts of each, and how the two are set against each other."""
 
     name: str
     title: str
-    above: str  # columns of Compared.prompts: their sums' quotient is the run's value
+    above: str  # columns of Compared.prompts: their quotient is a prompt's value
     below: str
     unit: str
     against: Against
@@ -100,19 +109,20 @@ class Measure:
     basis: Basis = Basis.measured
     note: str = ""
 
-    def values(self, first: Array, other: Array, columns: list[str]) -> Array:
-        """Baseline's value, run's value and what is between them, in the last axis; from sums in the last axis."""
-        above, below = columns.index(self.above), columns.index(self.below)
+    def between(self, sums: Array) -> Array:
+        """The baseline and the run set against each other; last axis: sums over prompts of both, number of prompts."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            base, run = (self.scale * sums[..., above] / sums[..., below] for sums in (first, other))
-            between = {
+            base, run = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
+            between: dict[Against, Array] = {
                 Against.difference: run - base,
                 Against.ratio: run / base,
                 Against.speed_up: base / run,
             }
-        return np.stack([base, run, between[self.against]], axis=-1)
+        return between[self.against]
 
 
+COSTS = ("device_seconds", "money")  # figures of an account, a chain; their units are the account's
+_COST_NOTE = "the whole run's, start-up included, given out as its machine time is"
 MEASURES = (
     Measure(
         name="accuracy",
@@ -133,6 +143,26 @@ MEASURES = (
         against=Against.speed_up,
         basis=Basis.attributed,
         note="of the machine time of a chain; its interval is of the prompts, not of the machine",
+    ),
+    Measure(
+        name="device_seconds",
+        title="Device time a chain",
+        above="device_seconds",
+        below="chains",
+        unit="",
+        against=Against.ratio,
+        basis=Basis.attributed,
+        note=_COST_NOTE,
+    ),
+    Measure(
+        name="money",
+        title="Cost of a chain",
+        above="money",
+        below="chains",
+        unit="",
+        against=Against.ratio,
+        basis=Basis.modelled,
+        note=f"by the price table; {_COST_NOTE}",
     ),
     Measure(
         name="generated_tokens",
@@ -180,16 +210,35 @@ def compare(
     compared = [Compared(run, by_label.get(run.label), constants) for run in runs]
     first = _baseline(compared, baseline)
     others = [run for run in compared if run is not first]
-    is_known = {"stream": constants is not None, "right": any(run.totals["judged"] for run in compared)}
-    measures = [measure for measure in MEASURES if is_known.get(measure.above, True)]
+    meetings = {run.label: comparability.Prompts.of(first.prompts, run.prompts) for run in others}
     section = Section(
         name="comparison",
         title="Comparison",
         text=f"{TEXT} The baseline is {first.label}.",
-        tables=(_side_by_side(compared, first), *(_differences(measure, first, others) for measure in measures)),
+        tables=(
+            _side_by_side(compared, first, meetings),
+            *(_differences(measure, first, others) for measure in _measures(compared)),
+        ),
         charts=(_throughput(compared),),
     )
-    return section, tuple(_warnings(compared, first, others))
+    return section, tuple(_warnings(compared, first, meetings))
+
+
+def _measures(compared: Sequence[Compared]) -> Iterator[Measure]:
+    """Those that something is known of."""
+    units = _cost_units(compared)
+    for measure in MEASURES:
+        if measure.above in COSTS:
+            if measure.above in units:
+                yield replace(measure, unit=units[measure.above])
+        elif any(run.totals[measure.below] and not math.isnan(run.totals[measure.above]) for run in compared):
+            yield measure
+
+
+def _cost_units(compared: Sequence[Compared]) -> dict[str, str]:
+    """By cost; not of one that nobody knows, or that is in GPU-seconds here and in core-seconds there."""
+    found = {name: {figure.unit for run in compared if (figure := run.cost(name))} for name in COSTS}
+    return {name: units.pop() for name, units in found.items() if len(units) == 1}
 
 
 def _baseline(compared: Sequence[Compared], label: str | None) -> Compared:
@@ -202,15 +251,16 @@ def _baseline(compared: Sequence[Compared], label: str | None) -> Compared:
     return (alone or list(compared))[0]
 
 
-def _warnings(compared: Sequence[Compared], first: Compared, others: Sequence[Compared]) -> Iterator[str]:
+def _warnings(
+    compared: Sequence[Compared], first: Compared, meetings: Mapping[str, comparability.Prompts]
+) -> Iterator[str]:
     for run in compared:
         if run.account and not run.account.is_finished:
             yield f"{run.label} is not finished: its figures are of what is committed so far, its time is of more"
-    if not any(run.run.files("verdicts") for run in compared):
-        yield "no run is verified: which answers are right is not known (python -m jobs.verify)"
-    for other in others:
-        yield from comparability.Prompts.of(first.run, other.run).warnings(first.run, other.run)
-        yield from comparability.warnings(first.run, other.run)
+    yield from comparability.unverified([run.run for run in compared])
+    for run in compared:
+        if run is not first:
+            yield from comparability.warnings(first.run, run.run, meetings[run.label])
 
 
 # --- side by side ---
@@ -225,17 +275,16 @@ _COLUMNS: dict[str, tuple[Any, str, str]] = {  # type, unit, label
     "generated_tokens": (pl.Float64, "tokens", "generated tokens a chain"),
     "chains_per_second": (pl.Float64, "chains/s", "throughput"),
     "speed_up": (pl.Float64, "x", "speed-up"),
-    "device_seconds": (pl.Float64, "s", "device time a chain"),
+    "device_seconds": (pl.Float64, "", "device time a chain"),  # units: _cost_units
     "money": (pl.Float64, "", "cost of a chain"),
 }
 
 
-def _side_by_side(compared: Sequence[Compared], first: Compared) -> Table:
-    rows = [_row(run, first) for run in compared]
-    units = {name: unit for name, (_, unit, _) in _COLUMNS.items() if unit}
-    for column, figure in {"device_seconds": "device_seconds_per_chain", "money": "money_per_chain"}.items():
-        found = {cost.unit for run in compared if (cost := run.figure("cost", figure)) is not None}
-        units |= {column: found.pop()} if len(found) == 1 else {}
+def _side_by_side(
+    compared: Sequence[Compared], first: Compared, meetings: Mapping[str, comparability.Prompts]
+) -> Table:
+    rows = [_row(run) | {"speed_up": _speed_up(run, first, meetings)} for run in compared]
+    units = {name: unit for name, (_, unit, _) in _COLUMNS.items() if unit} | _cost_units(compared)
     return Table(
         name="runs",
         title="Side by side",
@@ -247,9 +296,8 @@ def _side_by_side(compared: Sequence[Compared], first: Compared) -> Table:
     )
 
 
-def _row(compared: Compared, first: Compared) -> dict[str, Any]:
+def _row(compared: Compared) -> dict[str, Any]:
     total = compared.totals
-    costs = {name: compared.figure("cost", f"{name}_per_chain") for name in ("device_seconds", "money")}
     return {
         "run": compared.label,
         "policy": compared.run.policy,
@@ -259,9 +307,15 @@ def _row(compared: Compared, first: Compared) -> dict[str, Any]:
         "kept_tokens": ratio(total["kept"], total["chains"]),
         "generated_tokens": ratio(total["generated"], total["chains"]),
         "chains_per_second": compared.chains_per_second,
-        "speed_up": ratio(compared.chains_per_second, first.chains_per_second),
-        **{name: None if figure is None else figure.value for name, figure in costs.items()},
+        **{name: None if (cost := compared.cost(name)) is None else cost.value for name in COSTS},
     }
+
+
+def _speed_up(compared: Compared, first: Compared, meetings: Mapping[str, comparability.Prompts]) -> float | None:
+    """None: unknown, or of other prompts."""
+    if compared is not first and not meetings[compared.label].num_common:
+        return None
+    return ratio(compared.chains_per_second, first.chains_per_second)
 
 
 def _acceptance(run: RunFiles) -> float | None:
@@ -309,21 +363,24 @@ def _differences(measure: Measure, first: Compared, others: Sequence[Compared]) 
 
 def _difference(measure: Measure, first: pl.DataFrame, other: pl.DataFrame) -> dict[str, float | int | None]:
     """Of one measure over the prompts that both have something of it for; null where it is unknown."""
-    columns = [measure.above, measure.below]
-    paired = first.select("prompt_id", *columns).join(
-        other.select("prompt_id", *columns), on="prompt_id", suffix="_other"
-    )
-    paired = paired.filter(pl.col(measure.below) > 0, pl.col(f"{measure.below}_other") > 0).sort("prompt_id")
-    sums = paired.drop("prompt_id").to_numpy()
+    keys = ["prompt_id", "text"]
+    values, unit = [_by_prompt(measure, prompts) for prompts in (first, other)], pl.lit(1.0)
+    paired = values[0].join(values[1], on=keys, suffix="_other").sort(keys)
+    sums = paired.select("value", "value_other", unit=unit).to_numpy()
     if not len(sums) or np.isnan(sums).any():
         return {"num_prompts": len(sums)}
-    between = _statistic(measure, columns)
-    base, run, difference = between(sums.sum(axis=0))
-    low, high = interval(sums, lambda drawn: between(drawn)[..., 2])
-    found = {"baseline": base, "value": run, "difference": difference, "low": low, "high": high}
+    low, high = interval(sums, measure.between)
+    found = {
+        "baseline": sums[:, 0].mean(),
+        "value": sums[:, 1].mean(),
+        "difference": measure.between(sums.sum(axis=0)),
+        "low": low,
+        "high": high,
+    }
     return {"num_prompts": len(sums)} | {name: float(x) if np.isfinite(x) else None for name, x in found.items()}
 
 
-def _statistic(measure: Measure, columns: list[str]) -> Callable[[Array], Array]:
-    """Of rows that hold the baseline's columns, then the run's."""
-    return lambda sums: measure.values(sums[..., : len(columns)], sums[..., len(columns) :], columns)
+def _by_prompt(measure: Measure, prompts: pl.DataFrame) -> pl.DataFrame:
+    """Each prompt's value, of those that have something of it."""
+    value = measure.scale * pl.col(measure.above) / pl.col(measure.below)
+    return prompts.filter(pl.col(measure.below) > 0).select("prompt_id", "text", value=value)

@@ -15,8 +15,8 @@ from specreason_batch.store.attempts import Attempt
 TEXT = (
     "Every attempt's wall-clock counts, from the start of its process on: loading models, what was stopped or killed "
     "and done again, and what is still in flight. A GPU counts while an attempt holds it, busy or not. An attempt that "
-    "ended before its engines had started noted no hardware and is left out. Money is the price table's, which is yours "
-    "to edit (conf/cost/)."
+    "ended before its engines had started noted no hardware and is left out. Money is the price table's, which is "
+    "yours to edit (conf/cost/)."
 )
 _UNKNOWN = "unknown hardware"
 _CORES = "CPU cores"

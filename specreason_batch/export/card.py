@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import polars as pl
 
@@ -37,10 +36,11 @@ class Summary:
     num_chains: int  # read
     removed: Mapping[Filter, int]
     splits: Mapping[str, SplitCounts]  # train, and validation where it holds anything
-    tokens: pl.DataFrame  # histogram of kept chains: low, high, chains
-    num_tokens: int
-    lost: Counter[Lost] = field(default_factory=Counter)  # rejected drafts of kept chains
-    notes: Sequence[str] = ()  # what a user must know before training
+    num_tokens: int  # of kept chains
+    tokens: pl.DataFrame  # their histogram: low, high, chains
+    lost: Mapping[Lost, int]  # rejected drafts of kept chains
+    licenses: Mapping[str, int]  # kept chains by what the input's column `license` says
+    notes: Sequence[str]  # what a user must know before training
 
     @property
     def num_rows(self) -> int:
@@ -60,7 +60,8 @@ class Summary:
         removed = {str(by): count for by, count in self.removed.items()}
         lost = {why.name: count for why, count in sorted(self.lost.items())}
         kept = {"chains": self.num_chains, "kept": self.num_kept, "tokens": self.num_tokens}
-        return kept | {"removed": removed, "lost_drafts": lost, "splits": splits}
+        kept_by = {"licenses": dict(self.licenses)} if self.licenses else {}
+        return kept | kept_by | {"removed": removed, "lost_drafts": lost, "splits": splits}
 
 
 def token_histogram(tokens: pl.Series) -> pl.DataFrame:
@@ -80,8 +81,8 @@ def _header(config: ExportConfig, summary: Summary) -> Iterator[str]:
     """YAML; values in JSON's notation, which is part of it."""
     yield "---"
     yield f"pretty_name: {json.dumps(config.title)}"
-    if config.license:
-        yield f"license: {json.dumps(config.license)}"
+    if license := config.license or _only(summary.licenses):
+        yield f"license: {json.dumps(license)}"
     yield f"size_categories: [{json.dumps(_size(summary.num_rows))}]"
     yield f"task_categories: [{_TASKS.get(config.format, 'text-generation')}]"
     yield "tags: [reasoning, distillation, synthetic, speculative-reasoning]"
@@ -92,6 +93,10 @@ def _header(config: ExportConfig, summary: Summary) -> Iterator[str]:
         yield f"  - split: {split}"
         yield f"    path: data/{split}-*.parquet"
     yield "---"
+
+
+def _only(licenses: Mapping[str, int]) -> str | None:
+    return next(iter(licenses)) if len(licenses) == 1 else None
 
 
 def _size(num_rows: int) -> str:
@@ -114,6 +119,9 @@ def _body(config: ExportConfig, runs: Sequence[Run], summary: Summary) -> Iterat
     yield "Prompts that share an id or a wording are on one side of the split.\n"
     for note in summary.notes:
         yield f"**Note.** {note}\n"
+    if summary.licenses:
+        yield "Licences, as the prompts' column `license` names them:\n"
+        yield from _table(("license", "chains"), list(summary.licenses.items()))
     yield from _runs(runs)
     yield from _selection(summary)
     yield from _tokens(config, summary)

@@ -131,7 +131,7 @@ class ExportConfig:
     rows_per_file: int = 50_000  # at most
     aside: bool = False  # write what each filter removed to removed/<filter>.parquet
     allow_unfinished: bool = False  # export what is committed of runs that are not done
-    license: str | None = None  # the card's, by its SPDX or hub name
+    license: str | None = None  # the card's, by its hub name; None: the prompts' column `license`, if it has one value
     name: str | None = None  # the card's title; None: the output folder's name
     log_seconds: float = 10.0  # between progress lines
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from specreason_batch.export.chains import FinishedChain
 from specreason_batch.export.config import Answers, Format, SelectConfig
 from specreason_batch.export.measures import foreign_share, num_repeated, repeated_share
-from specreason_batch.export.runs import FinishedChain
 from specreason_batch.store.verdicts import Verdict, VerdictBasis
 
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from specreason_batch.export.chains import KEYS, FinishedChain
 from specreason_batch.export.config import ExportConfig, Format
 from specreason_batch.export.rendering import Target, messages, reply, thinking_and_answer
-from specreason_batch.export.runs import KEYS, FinishedChain, Run, unify
+from specreason_batch.export.runs import Run, unify
 from specreason_batch.store.schemas import STEPS
 from specreason_batch.types import Message, Role, Row
 

@@ -9,7 +9,13 @@ import polars as pl
 
 from specreason_batch.export.config import SelectConfig
 from specreason_batch.export.filters import Filter
+from specreason_batch.export.formats import Lost
 from specreason_batch.seeds import stable_uniform
+
+
+def lost_column(why: Lost) -> str:
+    return f"lost_{why.name}"
+
 
 MARKS = pl.Schema(
     {
@@ -23,6 +29,7 @@ MARKS = pl.Schema(
         "is_right": pl.Boolean,  # null: unknown
         "removed": pl.UInt8,  # place of the filter among Filter's; null: kept
         "value": pl.Float64,  # that decided
+        **{lost_column(why): pl.UInt16 for why in Lost},  # rejected drafts that make no row
     }
 )
 _FILTERS = list(Filter)
@@ -56,6 +63,12 @@ class Marks:
         counts = dict(self.frame.filter(~IS_KEPT).group_by("removed").len().iter_rows())
         return {by: counts[code_of(by)] for by in Filter if code_of(by) in counts}
 
+    @property
+    def lost(self) -> dict[Lost, int]:
+        """Rejected drafts of kept chains that make no row, by why; none of which there are none."""
+        counts = {why: int(self.kept[lost_column(why)].sum()) for why in Lost}
+        return {why: count for why, count in counts.items() if count}
+
 
 def code_of(by: Filter) -> int:
     return _FILTERS.index(by)
@@ -76,7 +89,7 @@ def remove_by_pass_rate(marks: Marks, select: SelectConfig) -> None:
 
 
 def remove_duplicates(marks: Marks) -> None:
-    """All but the first of the same content. The value is the first one's place."""
+    """All but the first of the same content. The value is the first one's place. `content` is not needed again."""
     first = pl.when(IS_KEPT).then("place").min().over("content")
     found = marks.frame.with_columns(value=first).filter(IS_KEPT & (pl.col("place") > pl.col("value")))
     marks.remove(Filter.duplicate, found)
@@ -90,12 +103,16 @@ def remove_beyond(marks: Marks, per_prompt: int) -> None:
 
 
 def split(marks: Marks, validation: float, seed: int) -> None:
-    """Adds `is_validation`: decided for all prompts at once that share an id or a wording, by a stable hash."""
-    families = _families(marks.frame.select("prompt_id", "wording").unique(maintain_order=True))
+    """Adds `is_validation`: decided for all prompts at once that share an id or a wording, by a stable hash.
+
+    `prompt_id` and `wording` are needed for nothing else, and go.
+    """
+    names = ["prompt_id", "wording"]
+    families = _families(marks.frame.select(names).unique(maintain_order=True))
     chosen = [key for key in families["family"].unique() if stable_uniform("split", seed, key) < validation]
     is_chosen = pl.col("family").is_in(pl.Series(chosen, dtype=pl.UInt64).implode())
     sides = families.with_columns(is_validation=is_chosen).drop("family")
-    marks.frame = marks.frame.join(sides, on=["prompt_id", "wording"], how="left", maintain_order="left")
+    marks.frame = marks.frame.join(sides, on=names, how="left", maintain_order="left").drop(names)
 
 
 def _families(prompts: pl.DataFrame) -> pl.DataFrame:

@@ -7,8 +7,8 @@ equal ones come to lie side by side.
 
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,53 +29,60 @@ Sketches = np.ndarray[Any, np.dtype[np.uint32]]
 Rows = np.ndarray[Any, np.dtype[np.intp]]
 
 
-@dataclass(slots=True)
-class Sketchbook:
-    """Sketches of chains by their place, in a file that is this process's own."""
+class Sketcher:
+    """Texts to sketches: `num_perm` values of 32 bits."""
 
-    path: Path
-    config: NearDuplicatesConfig
-    _places: "array[int]" = field(default_factory=lambda: array("Q"))
-    _file: Any = None
-    _empty: Any = None
+    def __init__(self, config: NearDuplicatesConfig):
+        self._shingle_words = config.shingle_words
+        self._empty = MinHash(config.num_perm, seed=_SEED, hashfunc=zlib.crc32, scheme="affine32")
 
-    def add(self, place: int, text: str) -> None:
-        """Texts without a word are not compared. Raises OSError."""
-        if self._file is None:
-            self._file = self.path.open("wb")
-            self._empty = MinHash(self.config.num_perm, seed=_SEED, hashfunc=zlib.crc32, scheme="affine32")
+    def sketch(self, text: str) -> bytes | None:
+        """None for a text without a word, which is not compared."""
         found = words(text)
         if not found:
-            return
-        shingles = ngrams(found, self.config.shingle_words) or [" ".join(found)]
+            return None
+        shingles = ngrams(found, self._shingle_words) or [" ".join(found)]
         sketch = self._empty.copy()
         sketch.update_batch([shingle.encode() for shingle in set(shingles)])
-        self._file.write(sketch.hashvalues.tobytes())
-        self._places.append(place)
+        return bytes(sketch.hashvalues.tobytes())
 
-    def remove_near_duplicates(self, marks: Marks) -> None:
-        """Kept chains that are nearly the same as an earlier kept one, whose place is the value. Removes the file."""
-        if not self._places:
-            return
-        self._file.close()
-        sketches = np.memmap(self.path, dtype=np.uint32, mode="r", shape=(len(self._places), self.config.num_perm))
-        is_kept = marks.frame["removed"].is_null().to_numpy()[np.frombuffer(self._places, np.uint64)]
-        found = self._search(sketches, np.flatnonzero(is_kept))
-        del sketches
-        self.path.unlink()
-        pairs = [(self._places[later], float(self._places[earlier])) for later, earlier in found.items()]
-        marks.remove(Filter.near_duplicate, pl.DataFrame(pairs, schema=["place", "value"], orient="row"))
 
-    def _search(self, sketches: Sketches, rows: Rows) -> dict[int, int]:
-        """Earlier ones by later ones, among these rows of the sketches."""
-        assert self.config.threshold is not None
-        plan = MinHashLSH(threshold=self.config.threshold, num_perm=self.config.num_perm)
-        found: dict[int, int] = {}
-        for band in range(plan.b):
-            for bucket in _buckets(sketches[rows, band * plan.r : (band + 1) * plan.r]):
-                alive = [row for row in rows[bucket].tolist() if row not in found]
-                _compare(alive, sketches, self.config.threshold, found)
-        return found
+def remove_near_duplicates(
+    marks: Marks, sketches: Iterable[list[bytes | None]], config: NearDuplicatesConfig, path: Path
+) -> None:
+    """Kept chains that are nearly the same as an earlier kept one, whose place is the value.
+
+    `sketches`: of all chains in order, some at a time. They lie at `path` meanwhile. Raises OSError.
+    """
+    places = _write(chain.from_iterable(sketches), marks.frame["removed"].is_null(), path)
+    if not len(places):
+        return
+    found = _search(np.memmap(path, dtype=np.uint32, mode="r", shape=(len(places), config.num_perm)), config)
+    path.unlink()
+    later, earlier = (places[np.fromiter(rows, np.intp, len(found))] for rows in (found.keys(), found.values()))
+    marks.remove(Filter.near_duplicate, pl.DataFrame({"place": later, "value": earlier}))
+
+
+def _write(sketches: Iterable[bytes | None], is_kept: Iterable[bool], path: Path) -> Rows:
+    """Those of kept chains one after the other; the chains' places."""
+    places = array("q")
+    with path.open("wb") as file:
+        for place, (sketch, kept) in enumerate(zip(sketches, is_kept, strict=True)):
+            if kept and sketch is not None:
+                file.write(sketch)
+                places.append(place)
+    return np.frombuffer(places, np.int64)
+
+
+def _search(sketches: Sketches, config: NearDuplicatesConfig) -> dict[int, int]:
+    """Earlier rows by later ones."""
+    assert config.threshold is not None
+    plan = MinHashLSH(threshold=config.threshold, num_perm=config.num_perm)
+    found: dict[int, int] = {}
+    for band in range(plan.b):
+        for bucket in _buckets(sketches[:, band * plan.r : (band + 1) * plan.r]):
+            _compare([row for row in bucket.tolist() if row not in found], sketches, config.threshold, found)
+    return found
 
 
 def _buckets(band: Sketches) -> Iterator[Rows]:

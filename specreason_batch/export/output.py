@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from specreason_batch.export.filters import Filter
 from specreason_batch.prepare.output import RowFile, file_sizes, shard_sizes
+from specreason_batch.store.parts import sync_folder
 from specreason_batch.types import InvalidInput
 
 MANIFEST, CARD = "export.json", "README.md"
@@ -29,18 +30,31 @@ Rows = list[dict[str, Any]]
 
 
 class Split:
-    """One split's files, each filled to its size; sizes are within one of each other."""
+    """One split's files, each filled to its size; sizes are within one of each other.
+
+    Files that an earlier attempt has finished are left: as many rows as they hold are passed over.
+    """
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema, num_rows: int, rows_per_file: int):
         self.num_rows, self.num_files = num_rows, -(-num_rows // rows_per_file)
         self._schema = schema
         sizes = shard_sizes(num_rows, self.num_files) if num_rows else []
-        paths = (folder / "data" / f"{name}-{n:05d}-of-{self.num_files:05d}.parquet" for n in range(self.num_files))
-        self._left: Iterator[tuple[Path, int]] = iter(zip(paths, sizes, strict=True))
+        paths = [folder / "data" / f"{name}-{n:05d}-of-{self.num_files:05d}.parquet" for n in range(self.num_files)]
+        num_there = sum(path.is_file() for path in paths)  # the first ones: they are written one after the other
+        self.num_to_skip = sum(sizes[:num_there])
+        self._left = iter(list(zip(paths, sizes, strict=True))[num_there:])
         self._file: RowFile | None = None
+        self._path = Path()
         self._room = 0
 
+    def skip(self, num_rows: int) -> None:
+        """Rows that need not be made: at most `num_to_skip`."""
+        self.num_to_skip -= num_rows
+
     def add(self, rows: Rows) -> None:
+        skipped = min(len(rows), self.num_to_skip)
+        self.skip(skipped)
+        rows = rows[skipped:]
         while rows:
             if not self._room:
                 self._next()
@@ -51,14 +65,23 @@ class Split:
 
     def close(self) -> None:
         assert not self._room and not list(self._left), "fewer rows than were counted"
-        if self._file:
-            self._file.close()
+        self._finish()
 
     def _next(self) -> None:
+        self._finish()
+        self._path, self._room = next(self._left)
+        self._file = RowFile(_growing(self._path), self._schema)
+
+    def _finish(self) -> None:
         if self._file:
             self._file.close()
-        path, self._room = next(self._left)
-        self._file = RowFile(path, self._schema)
+            _growing(self._path).rename(self._path)
+            sync_folder(self._path.parent)
+
+
+def _growing(path: Path) -> Path:
+    """Where a file lies that is not whole yet."""
+    return path.with_suffix(".growing")
 
 
 @dataclass(slots=True)
@@ -68,10 +91,10 @@ class Aside:
     folder: Path
     _files: dict[Filter, RowFile] = field(default_factory=dict)
 
-    def add(self, by: Filter, row: dict[str, Any]) -> None:
+    def add(self, by: Filter, rows: Rows) -> None:
         if by not in self._files:
             self._files[by] = RowFile(self.folder / "removed" / f"{by}.parquet", REMOVED)
-        self._files[by].add(pa.Table.from_pylist([row], schema=REMOVED))
+        self._files[by].add(pa.Table.from_pylist(rows, schema=REMOVED))
 
     def close(self) -> None:
         for file in self._files.values():

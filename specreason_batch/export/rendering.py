@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from specreason_batch.chat import ChatFormat, ChatOptions, load_chat_format
+from specreason_batch.export.chains import FinishedChain
 from specreason_batch.export.config import ExportConfig
-from specreason_batch.export.runs import FinishedChain, Run
+from specreason_batch.export.runs import Run
 from specreason_batch.types import InvalidInput, Message, Role
 
 _PROBE = "probe-7d21"

@@ -5,9 +5,9 @@ Owns: which runs may be exported, and together. Does not know: filters, formats.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,12 @@ from specreason_batch.store.manifest import file_identity, read_manifest
 from specreason_batch.store.parts import ShardPaths
 from specreason_batch.store.reading import shard_paths
 from specreason_batch.store.schemas import CHAINS, SCHEMA_VERSION
-from specreason_batch.store.verdicts import Verdict, VerdictBasis
-from specreason_batch.types import InvalidInput, Message, Role, Row
+from specreason_batch.types import InvalidInput, Role
 
-BATCH_CHAINS = 256  # that are in memory at once
-KEYS = ("prompt_id", "sample_index", "step_index")
 _READ_BUFFER = 1 << 20  # bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """One committed part's files."""
 
@@ -35,9 +32,9 @@ class Part:
     steps: Path
     verdicts: Path | None  # None: not verified
 
-    @property
+    @cached_property
     def num_chains(self) -> int:
-        return int(_open(self.chains).metadata.num_rows)
+        return int(open_file(self.chains).metadata.num_rows)
 
     def identity(self) -> tuple[str, int, int, str]:
         """Chains and steps never change once they are there; verdicts may."""
@@ -46,9 +43,9 @@ class Part:
         return name, self.chains.stat().st_size, self.steps.stat().st_size, verdicts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """One output folder."""
+    """One output folder. What every chain asks for is worked out once."""
 
     folder: Path
     manifest: dict[str, Any]  # run.json
@@ -63,18 +60,18 @@ class Run:
     def config(self) -> dict[str, Any]:
         return dict(self.manifest["config"])
 
-    @property
+    @cached_property
     def roles(self) -> list[Role]:
         """Those whose models took part."""
         return [role for role in Role if any(name.startswith(f"{role}.") for name in self._fields)]
 
-    @property
+    @cached_property
     def think_tags(self) -> tuple[str, str]:
         """Open and close, as the thinking was written with."""
         chat = self._chat
         return chat["think_open"], chat["think_close"]
 
-    @property
+    @cached_property
     def system_prompt(self) -> str | None:
         """Of prompts that bring none of their own."""
         prompt: str | None = self._chat["system_prompt"]
@@ -100,60 +97,13 @@ class Run:
         return {"fingerprint": self.fingerprint, "parts": len(self.parts), "blake2b": digest}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedChain:
-    """A chain as it was committed."""
-
-    run: Run
-    row: Row  # of `chains`; the columns that were asked for
-    steps: Sequence[Row] = ()  # of `steps`, in order; empty if they were not asked for
-    verdict: Verdict | None = None
-    basis: VerdictBasis | None = None
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.row["prompt_id"], self.row["sample_index"]
-
-    @property
-    def prompt(self) -> str:
-        return str(self.row["prompt"])
-
-    @property
-    def thinking(self) -> str:
-        return str(self.row["thinking"])
-
-    @property
-    def answer(self) -> str | None:
-        """None: it was never asked for."""
-        answer: str | None = self.row["answer"]
-        return answer
-
-    @property
-    def num_thinking_tokens(self) -> int:
-        """Of its kept steps, by whoever wrote each."""
-        return int(self.row["num_draft_tokens_kept"] + self.row["num_base_tokens"])
-
-    @property
-    def turns(self) -> list[Message]:
-        """What was asked: perhaps a system turn, then the user's, or a whole conversation."""
-        conversation = [Message(turn["role"], turn["content"]) for turn in self.row.get("input_messages") or ()]
-        turns = conversation or [Message("user", self.prompt)]
-        system = self.row.get("input_system_prompt")
-        system = self.run.system_prompt if system is None else system
-        return turns if system is None or turns[0].role == "system" else [Message("system", system), *turns]
-
-    @property
-    def asked(self) -> str:
-        """The user's words."""
-        return "\n".join(turn.content for turn in self.turns if turn.role == "user")
-
-    @property
-    def is_right(self) -> bool | None:
-        """None: not verified, or it cannot be said."""
-        return self.verdict is Verdict.right if self.verdict in (Verdict.right, Verdict.wrong) else None
-
-    def step_text(self, step: Row) -> str:
-        return self.thinking[step["start"] : step["end"]]
+def all_parts(runs: Iterable[Run]) -> Iterator[tuple[int, Run, Part]]:
+    """In order, each with the place of its first chain among all chains."""
+    place = 0
+    for run in runs:
+        for part in run.parts:
+            yield place, run, part
+            place += part.num_chains
 
 
 # --- opening ---
@@ -226,12 +176,12 @@ def _check_part(part: Part, manifest: dict[str, Any]) -> pa.Schema:
     for path in (part.chains, part.steps):
         if not path.is_file():
             raise InvalidInput(f"{path} is missing: its chains are there, its steps are not; the part is damaged")
-        found = _open(path).schema_arrow.metadata or {}
+        found = open_file(path).schema_arrow.metadata or {}
         for name in ("schema_version", "fingerprint"):
             written = found.get(name.encode(), b"none").decode()
             if written != manifest[name]:
                 raise InvalidInput(f"{path}: its {name} is {written}, that of run.json {manifest[name]}; allowed: one")
-    schema = _open(part.chains).schema_arrow
+    schema = open_file(part.chains).schema_arrow
     if missing := [name for name in CHAINS.names if name not in schema.names]:
         raise InvalidInput(f"{part.chains}: no column {missing[0]!r}; the part is damaged")
     return schema
@@ -246,76 +196,17 @@ def _check_verified(run: Run) -> None:
         )
 
 
-# --- reading ---
+# --- files ---
 
 
-def read_part_chains(
-    run: Run, part: Part, columns: Sequence[str], step_columns: Sequence[str]
-) -> Iterator[list[FinishedChain]]:
-    """All chains of a part in their order, some at a time; steps too where some of their columns are asked for.
-
-    Raises InvalidInput that names the file if one is damaged, or they do not fit together.
-    """
-    verdicts = _verdicts(part)
-    steps = _steps_of(part, step_columns) if step_columns else None
-    there = _open(part.chains).schema_arrow.names
-    for rows in _batches(part.chains, [name for name in columns if name in there]):
-        yield [_chain(run, row, steps(row) if steps else [], verdicts) for row in rows]
-
-
-def _chain(run: Run, row: Row, steps: Sequence[Row], verdicts: dict[tuple[str, int], Row]) -> FinishedChain:
-    found = verdicts.get((row["prompt_id"], row["sample_index"]), {})
-    verdict, basis = found.get("verdict"), found.get("basis")
-    return FinishedChain(
-        run=run,
-        row=row,
-        steps=steps,
-        verdict=Verdict(verdict) if verdict else None,
-        basis=VerdictBasis(basis) if basis else None,
-    )
-
-
-def _steps_of(part: Part, columns: Sequence[str]) -> Callable[[Row], Sequence[Row]]:
-    """Takes chains in their order and gives each one's steps: a part's steps lie in the order of its chains."""
-    wanted = list(dict.fromkeys([*KEYS, *columns]))
-    rows = (row for batch in _batches(part.steps, wanted, BATCH_CHAINS * 8) for row in batch)
-
-    def take(chain: Row) -> Sequence[Row]:
-        found = list(islice(rows, chain["num_steps"]))
-        keys = [tuple(step[name] for name in KEYS) for step in found]
-        if keys != [(chain["prompt_id"], chain["sample_index"], index) for index in range(chain["num_steps"])]:
-            raise InvalidInput(
-                f"{part.steps} does not fit {part.chains.name} of chains/: the {chain['num_steps']} steps of "
-                f"{chain['prompt_id']!r}, sample {chain['sample_index']}, are not there; the part is damaged"
-            )
-        return found
-
-    return take
-
-
-def _verdicts(part: Part) -> dict[tuple[str, int], Row]:
-    if part.verdicts is None:
-        return {}
-    batches = _batches(part.verdicts, ["prompt_id", "sample_index", "verdict", "basis"])
-    return {(row["prompt_id"], row["sample_index"]): row for rows in batches for row in rows}
-
-
-def _batches(path: Path, columns: Sequence[str], size: int = BATCH_CHAINS) -> Iterator[list[Row]]:
-    try:
-        for batch in _open(path).iter_batches(size, columns=list(columns), use_threads=False):
-            yield batch.to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _open(path: Path) -> pq.ParquetFile:
+def open_file(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, buffer_size=_READ_BUFFER)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> InvalidInput:
+def damaged(path: Path, error: Exception) -> InvalidInput:
     remedy = "verify the run again"
     if path.parent.name != "verdicts":
         remedy = "move it away, with the file of the same name in steps/ or chains/, and generate its chains again"

@@ -12,7 +12,7 @@ from specreason_batch.types import InvalidInput
 MISSING: Any = "???"  # OmegaConf's: a value that must be given
 
 # Where things lie, and what changes no weight.
-_NOT_IN_SETTINGS = ("data", "model", "output", "stage", "checkpoint_seconds", "stop_seconds")
+_NOT_IN_SETTINGS = ("data", "model", "output", "stage", "log_steps", "checkpoint_seconds", "stop_seconds")
 
 
 class Stage(StrEnum):

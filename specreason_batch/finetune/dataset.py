@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from specreason_batch.finetune.config import Stage
 from specreason_batch.store.manifest import file_identity
-from specreason_batch.types import InvalidInput
+from specreason_batch.types import InvalidInput, Row
 
 MANIFEST = "export.json"
 _STAGES = {
@@ -36,6 +36,11 @@ class Export:
     def stage(self) -> Stage:
         return _STAGES[self.format]
 
+    @property
+    def first_row(self) -> Row:
+        row: Row = next(pq.ParquetFile(self.train[0]).iter_batches(1)).to_pylist()[0]
+        return row
+
     def identity(self) -> dict[str, Any]:
         """What tells this data from any other, and where it came from."""
         files = {path.name: file_identity(path) for path in (*self.train, *self.validation)}
@@ -51,7 +56,7 @@ def open_export(data: str, stage: Stage) -> Export:
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise InvalidInput(f"data: {folder / name} is not as it was exported; export it again")
     train = sorted(folder.glob("data/train-*.parquet"))
-    if not train:
+    if not sum(pq.read_metadata(path).num_rows for path in train):
         raise InvalidInput(f"data: {data} has no rows to train on; allowed: an export with a train split")
     return Export(
         folder=folder,

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from specreason_batch import __version__
+from specreason_batch.finetune.card import card
 from specreason_batch.finetune.config import FinetuneConfig
 from specreason_batch.finetune.output import WorkFolder, is_finetuned
 from specreason_batch.finetune.plan import Plan, make_plan
@@ -43,9 +44,10 @@ def _train(plan: Plan, work: WorkFolder, stop: StopSignal, console: Console) -> 
         raise InvalidInput(
             f"jobs.finetune: {error}; install the extra: pip install 'specreason-batch[train]'"
         ) from error
-    record = train(plan, work, stop, console)
+    trained = train(plan, work, stop, console)
     if _is_first():
-        work.commit(plan.parent, {"made_from": plan.made_from(), "versions": _versions()} | record)
+        record = {"made_from": plan.made_from(), "versions": _versions()} | trained
+        work.commit(plan.parent, record, card(plan, record))
         console.print(f"{plan.config.output}: {record['num_steps']} steps in {record['seconds']:.0f} s", style="bold")
 
 

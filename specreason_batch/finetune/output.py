@@ -1,8 +1,9 @@
 """The folders of a training: the model, whole or not at all, and the hidden one beside it that a restart goes on from.
 
-models/draft-sft/            weights of this training; every other file as in the model that was trained
-models/draft-sft/finetune.json   the record: made from what, by which settings, its losses
-models/.draft-sft.training/  checkpoints and encoded rows; gone once the model is there
+models/draft-sft/                weights of this training; every other file as in the model that was trained
+models/draft-sft/README.md       the card
+models/draft-sft/finetune.json   the record: made from what, by which settings, its log
+models/.draft-sft.training/      checkpoints and encoded rows; gone once the model is there
 
 Does not know: how a model is trained.
 """
@@ -22,11 +23,11 @@ from specreason_batch.store.manifest import flatten, model_identity
 from specreason_batch.store.parts import sync_folder
 from specreason_batch.types import InvalidInput
 
-RECORD = "finetune.json"
+RECORD, CARD = "finetune.json", "README.md"
 SETTINGS = "settings.json"
 _TRAINER_STATE = "trainer_state.json"  # the last file that transformers writes of a checkpoint
 _WEIGHTS = re.compile(r".+\.(safetensors|bin|pth?|gguf|h5|msgpack)(\.index\.json)?")
-_PARENT_ALONE = (RECORD, "README.md")  # say how the parent was made
+_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle of the trainer's, no weights
 
 
 def is_finetuned(output: Path, made_from: dict[str, Any]) -> bool:
@@ -84,19 +85,21 @@ class WorkFolder:
     @property
     def checkpoint(self) -> Path | None:
         """The newest whole one."""
-        found = [path.parent for path in self.path.glob(f"checkpoint-*/{_TRAINER_STATE}")]
+        found = [path.parent for path in self.path.glob(f"checkpoint-*/{_TRAINER_STATE}") if _is_json(path)]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
-    def commit(self, parent: Path, record: dict[str, Any]) -> None:
-        """Put the model in place: the new weights, the parent's other files, the record. Raises OSError."""
+    def commit(self, parent: Path, record: dict[str, Any], card: str) -> None:
+        """Put the model in place: the new weights, the parent's other files, record and card. Raises OSError."""
         for path in self.weights.iterdir():
             if not _is_weights(path):
                 path.unlink()
         for path in parent.iterdir():
-            if path.is_file() and not _is_weights(path) and path.name not in _PARENT_ALONE:
+            if path.is_file() and not _is_weights(path):
                 shutil.copyfile(path, self.weights / path.name)
+        (self.weights / CARD).write_text(card)
         write_json(self.weights / RECORD, record | {"model": model_identity(str(self.weights))})
         for path in self.weights.iterdir():
+            shutil.copymode(self.path / SETTINGS, path)  # safetensors' are its owner's alone
             _sync(path)
         sync_folder(self.weights)
         if self.output.exists():
@@ -107,7 +110,7 @@ class WorkFolder:
 
 
 def _is_weights(path: Path) -> bool:
-    return _WEIGHTS.fullmatch(path.name) is not None
+    return _WEIGHTS.fullmatch(path.name) is not None and path.name != _TRAINER_ARGUMENTS
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -126,6 +129,15 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InvalidInput(f"output: {path} is not {what}: {error}") from error
     return content
+
+
+def _is_json(path: Path) -> bool:
+    """Whole, that is."""
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

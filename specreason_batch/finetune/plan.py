@@ -12,6 +12,7 @@ from specreason_batch.store.manifest import model_identity
 from specreason_batch.types import InvalidInput, Role
 
 VERSION = 1  # of what is made of the same data, model and settings
+_RENDERING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # files that decide what a text is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,24 @@ def make_plan(config: FinetuneConfig) -> Plan:
         chat = load_chat_format(Role.draft, config.model, config.chat.options(), config.trust_remote_code)
     except InvalidInput as error:
         raise InvalidInput(f"model: {config.model!r} cannot serve: {error}") from error
+    if not export.is_conversational:
+        _check_tokenizer(config, export, parent)
     encode = Encoder(chat).for_format(export.format, export.is_conversational)
+    encode(export.first_row)  # what is wrong with all rows is told before anything heavy loads
     return Plan(config=config, export=export, parent=parent, chat=chat, encode=encode)
+
+
+def _check_tokenizer(config: FinetuneConfig, export: Export, parent: Path) -> None:
+    """Raises InvalidInput if the text was rendered by another tokenizer or chat template than the model's."""
+    rendered_by, own = export.made_from["tokenizer"], model_identity(str(parent))
+    if "name" in rendered_by:  # in the hub's cache: its files are not known
+        return
+    differing = sorted(name for name in _RENDERING if rendered_by.get(name) != own.get(name))
+    if differing:
+        raise InvalidInput(
+            f"data: {config.data} was rendered by another tokenizer than that of {config.model!r} ({differing[0]} "
+            f"differs); allowed: an export with tokenizer={config.model}, or the format sft_messages"
+        )
 
 
 def _model_folder(model: str) -> Path:

@@ -1,4 +1,4 @@
-"""TRL's trainers on encoded rows: the one file that imports torch, transformers and trl, and only when a training begins.
+"""TRL's trainers on encoded rows: the one file that imports torch and trl, and only when a training begins.
 
 Does not know: what a row meant, folders but for the trainer's own.
 """
@@ -16,7 +16,10 @@ from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from specreason_batch.finetune.config import FinetuneConfig, Precision, Stage
 from specreason_batch.finetune.output import WorkFolder
@@ -61,7 +64,10 @@ def train(plan: Plan, work: WorkFolder, stop: StopSignal, console: Console) -> d
 
 
 def _trainer_config(plan: Plan, folder: Path) -> Any:
-    """SFTConfig or DPOConfig. Raises InvalidInput for `trainer_args` that it does not take, or that have fields here."""
+    """SFTConfig or DPOConfig.
+
+    Raises InvalidInput for `trainer_args` that it does not take, or for which there is a choice of our own.
+    """
     config, schema = plan.config, DPOConfig if plan.stage is Stage.dpo else SFTConfig
     own = _own_args(config, plan.stage, folder, has_validation=bool(plan.export.validation))
     known = {field.name for field in fields(schema)}
@@ -108,7 +114,7 @@ def _own_args(config: FinetuneConfig, stage: Stage, folder: Path, has_validation
 
 def _computes_in_bfloat16(precision: Precision) -> bool:
     if precision is Precision.auto:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return precision is Precision.bfloat16
 
 
@@ -138,7 +144,7 @@ def _fits(limit: int, row: dict[str, list[int]]) -> bool:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit
 
 
-class _StepTrainer(DPOTrainer):  # type: ignore[misc]
+class _StepTrainer(DPOTrainer):
     """DPOTrainer on rows that are token ids already: it has no way to say so, and would end each step with `eos`."""
 
     def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:
@@ -192,6 +198,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.is_stopped = stopped
         control.should_training_stop = control.should_training_stop or stopped
         control.should_save = control.should_save or stopped or due
+
+    def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """A stop ends the epoch too: there may be no time to evaluate."""
+        control.should_evaluate = control.should_evaluate and not self.is_stopped
 
     def on_save(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         self._saved = time.monotonic()

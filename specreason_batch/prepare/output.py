@@ -50,7 +50,7 @@ class RowFile:
             self._write()
 
     def close(self) -> None:
-        if self.num_rows:
+        if self.num_rows and self._waiting:
             self._write()
         if self._writer is not None:
             self._writer.close()

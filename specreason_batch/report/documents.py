@@ -1,6 +1,7 @@
 """A report as data: report.json and Parquet, for scripts (docs/reports.md has their schemas).
 
-The same figures give the same bytes, but for `made_at` and `command`. Does not know: where anything is written.
+The same runs give the same bytes, but for `made_at` and `command`: fractions are cut to the digits that do not depend
+on the order in which threads add numbers up. Does not know: where anything is written.
 """
 
 import json
@@ -12,8 +13,10 @@ from decimal import Decimal
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from specreason_batch.accounting.figures import Chart, Figure, Report, RunReport, Section, Table
+from specreason_batch.report.side_by_side import with_run
 
 SCHEMA_VERSION = 1
 FIGURES_SCHEMA = pl.Schema(
@@ -30,6 +33,7 @@ FIGURES_SCHEMA = pl.Schema(
         "note": pl.String,
     }
 )
+_DIGITS = 12  # significant ones of a fraction
 _NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -76,16 +80,12 @@ def chart_frames(report: Report) -> dict[str, pl.DataFrame]:
 def _frames(items: Iterable[tuple[str | None, Section, Table | Chart]]) -> dict[str, pl.DataFrame]:
     found: dict[str, list[pl.DataFrame]] = {}
     for run, section, item in items:
-        found.setdefault(f"{section.name}__{item.name}", []).append(_of_run(item.frame, run))
-    return {name: pl.concat(frames, how="diagonal_relaxed") for name, frames in found.items()}
+        found.setdefault(f"{section.name}__{item.name}", []).append(with_run(item.frame, run))
+    return {name: _rounded(pl.concat(frames, how="diagonal_relaxed")) for name, frames in found.items()}
 
 
-def _of_run(frame: pl.DataFrame, run: str | None) -> pl.DataFrame:
-    """With the run's label in front; a comparison's frame may have a column of its own that says whose a row is."""
-    if run is None and "run" in frame.columns:
-        return frame
-    assert "run" not in frame.columns, "a run's own table has a column 'run'"
-    return frame.select(pl.lit(run, pl.String).alias("run"), pl.all())
+def _rounded(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(selectors.float().round_sig_figs(_DIGITS))
 
 
 def _sections(report: Report) -> Iterator[tuple[str | None, Section]]:
@@ -144,7 +144,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float | Decimal):
-        return float(value) if math.isfinite(value) else None
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, datetime | date):
         return value.isoformat()
     if isinstance(value, timedelta):

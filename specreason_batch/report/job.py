@@ -33,25 +33,25 @@ from specreason_batch.report.runs import default_output, find_runs, labels
 from specreason_batch.report.side_by_side import HeadlineFigure, lay_out
 from specreason_batch.report.terminal import tell
 
-# What is asked first: what came out, how good, how fast, for how much.
-HEADLINE: tuple[HeadlineFigure, ...] = (
-    ("chains", "num_chains"),
-    ("chains", "accuracy"),
-    ("acceptance", "acceptance"),
-    ("acceptance", "draft_step_share"),
-    ("tokens", "kept_tokens"),
-    ("tokens", "wasted_share"),
-    ("wall_clock", "attempt_seconds"),
-    ("wall_clock", "chains_per_second"),
-    ("wall_clock", "tokens_per_second"),
-    ("latency", "active_seconds_p50"),
-    ("latency", "stream_seconds_mean"),
-    ("latency", "stream_speed_up"),
-    ("cost", "device_hours"),
-    ("cost", "core_hours"),
-    ("cost", "money"),
-    ("cost", "money_per_chain"),
-    ("cost", "money_per_correct_answer"),
+# What is asked first: how good, how fast, for how much, what the draft's part was; then the amounts behind that.
+HEADLINE = (
+    HeadlineFigure("chains", "num_chains", "chains committed"),
+    HeadlineFigure("chains", "accuracy", "accuracy"),
+    HeadlineFigure("wall_clock", "chains_per_second"),
+    HeadlineFigure("cost", "money_per_correct_answer"),
+    HeadlineFigure("acceptance", "acceptance", "drafts accepted"),
+    HeadlineFigure("acceptance", "draft_step_share", "steps written by the draft"),
+    HeadlineFigure("tokens", "kept_tokens", "tokens kept"),
+    HeadlineFigure("tokens", "wasted_share", "tokens thrown away"),
+    HeadlineFigure("wall_clock", "tokens_per_second", "tokens generated a second"),
+    HeadlineFigure("wall_clock", "attempt_seconds", "wall-clock, of all shards"),
+    HeadlineFigure("latency", "active_seconds_p50", "median time of a chain"),
+    HeadlineFigure("latency", "stream_seconds_mean"),
+    HeadlineFigure("latency", "stream_speed_up"),
+    HeadlineFigure("cost", "device_hours"),
+    HeadlineFigure("cost", "core_hours"),
+    HeadlineFigure("cost", "money"),
+    HeadlineFigure("cost", "money_per_chain"),
 )
 
 

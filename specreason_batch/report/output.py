@@ -27,18 +27,20 @@ def check_folder(folder: Path) -> None:
     """Raises InvalidInput if it holds anything that no report holds: nothing else is ever replaced."""
     if folder.exists() and not folder.is_dir():
         raise InvalidInput(f"output: {folder} is a file; allowed: a new folder, or that of an earlier report")
-    others = [path for path in sorted(folder.rglob("*")) if not _is_of_report(path.relative_to(folder))]
-    if others:
+    other = next(_of_no_report(folder), None) if folder.exists() else None
+    if other is not None:
         raise InvalidInput(
-            f"output: {folder} holds {str(others[0].relative_to(folder))!r}, which is of no report; "
+            f"output: {folder} holds {str(other.relative_to(folder))!r}, which is of no report; "
             "allowed: a new folder, or that of an earlier report"
         )
 
 
-def _is_of_report(inside: Path) -> bool:
-    if len(inside.parts) == 1:
-        return inside.name in (PAGE, DOCUMENT, FIGURES, TABLES, CHARTS)
-    return len(inside.parts) == 2 and inside.parts[0] in (TABLES, CHARTS) and inside.suffix == ".parquet"
+def _of_no_report(folder: Path) -> Iterator[Path]:
+    """What is found without going deeper than a report does: it may be anyone's folder, of any size."""
+    yield from (path for path in sorted(folder.iterdir()) if path.name not in (PAGE, DOCUMENT, FIGURES, TABLES, CHARTS))
+    for inside in (folder / TABLES, folder / CHARTS):
+        if inside.is_dir():
+            yield from (path for path in sorted(inside.iterdir()) if path.suffix != ".parquet" or path.is_dir())
 
 
 @contextmanager
@@ -46,8 +48,9 @@ def replaced(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder`, which takes its place if all goes well and is removed if not.
 
     A process that is killed between the two renames, which take microseconds, leaves the earlier report whole in the
-    hidden folder `.<name>.earlier-...`.
+    hidden folder `.<name>.earlier-...`. A link stays, and the folder that it leads to is replaced.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{socket.gethostname()}-{os.getpid()}"
     staged, earlier = (folder.parent / f".{folder.name}.{what}-{writer}" for what in ("writing", "earlier"))
@@ -68,8 +71,10 @@ def _swap(staged: Path, folder: Path, earlier: Path) -> None:
     if folder.exists():
         folder.rename(earlier)
     try:
+        if earlier.exists():
+            check_folder(earlier)  # once more, now that nobody finds it
         staged.rename(folder)
-    except OSError:
+    except (InvalidInput, OSError):
         if earlier.exists():
             earlier.rename(folder)
         raise

@@ -4,7 +4,7 @@ What it looks like is page.html.jinja. Text of whatever origin is escaped there;
 Imports matplotlib: import this module late.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -13,22 +13,40 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from specreason_batch.accounting.figures import Chart, Report, Table
+from specreason_batch.accounting.figures import Basis, Report, Table
 from specreason_batch.report.digits import column, heading
 from specreason_batch.report.plot import draw
-from specreason_batch.report.side_by_side import HeadlineFigure, Laid, Owned, headline, lay_out
+from specreason_batch.report.side_by_side import (
+    Gallery,
+    HeadlineFigure,
+    Laid,
+    all_notes,
+    first_rows,
+    headline,
+    lay_out,
+)
 
 _MAX_ROWS = 50  # of a table; all are in its Parquet file
+_MAX_OPEN_ROWS = 20  # a longer table is folded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """A chart in the page."""
 
-    run: str | None
-    chart: Chart
+    caption: str
+    basis: Basis
+    notes: tuple[str, ...]
     svg: Markup
-    left_out: str  # what the drawing does not show
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawings:
+    """Charts beside each other."""
+
+    title: str = ""  # of all; '': each is captioned with its own
+    note: str = ""
+    drawn: tuple[Drawn, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +62,13 @@ class Column:
 class Shown:
     """A table in the page."""
 
-    run: str | None
     table: Table
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_folded(self) -> bool:
+        return len(self.rows) > _MAX_OPEN_ROWS
 
     @property
     def num_left_out(self) -> int:
@@ -59,15 +80,18 @@ class Part:
     """A section in the page."""
 
     laid: Laid
-    tables: tuple[tuple[Shown, ...], ...]  # of several runs: the same table of all, then the next
-    drawings: tuple[tuple[Drawn, ...], ...]  # likewise
+    tables: tuple[Shown, ...]
+    drawings: tuple[Drawings, ...]
 
 
 def as_html(report: Report, figures: Sequence[HeadlineFigure]) -> str:
     """`figures`: shown at the top."""
     parts = [_part(laid) for laid in lay_out(report)]
     made_at = datetime.fromtimestamp(report.made_at, tz=UTC)
-    return _template().render(report=report, made_at=made_at, headline=headline(report, figures), parts=parts)
+    rows = headline(report, figures)
+    return _template().render(
+        report=report, made_at=made_at, headline=rows, headline_notes=all_notes(rows), parts=parts
+    )
 
 
 def _template() -> jinja2.Template:
@@ -82,28 +106,48 @@ def _template() -> jinja2.Template:
 
 
 def _part(laid: Laid) -> Part:
-    return Part(
-        laid=laid,
-        tables=tuple(tuple(map(_shown, group)) for group in _groups(laid.tables)),
-        drawings=tuple(tuple(_drawn(owned, laid.name) for owned in group) for group in _groups(laid.charts)),
+    return Part(laid=laid, tables=tuple(map(_shown, laid.tables)), drawings=tuple(_drawings(laid)))
+
+
+def _drawings(laid: Laid) -> Iterator[Drawings]:
+    """The charts that one run has, together; of several, each chart's runs."""
+    for is_alone, galleries in groupby(laid.galleries, key=lambda gallery: len(gallery.charts) == 1):
+        if is_alone:
+            yield Drawings(drawn=tuple(drawn for gallery in galleries for drawn in _alone(gallery, laid.name)))
+        else:
+            yield from (_side_by_side(gallery, laid.name) for gallery in galleries)
+
+
+def _alone(gallery: Gallery, section: str) -> list[Drawn]:
+    [run], [chart] = gallery.runs, gallery.charts
+    return _drawn(gallery, section, [f"{chart.title}: {run}" if run else chart.title], [chart.note])
+
+
+def _side_by_side(gallery: Gallery, section: str) -> Drawings:
+    notes = [chart.note for chart in gallery.charts]
+    is_common = len(set(notes)) == 1
+    return Drawings(
+        title=gallery.charts[0].title,
+        note=notes[0] if is_common else "",
+        drawn=tuple(_drawn(gallery, section, gallery.runs, [""] * len(notes) if is_common else notes)),
     )
 
 
-def _groups(items: Sequence[Owned]) -> list[list[Owned]]:
-    """The same of all runs; all together where there is nothing to tell apart."""
-    return [list(group) for _, group in groupby(items, key=lambda owned: owned.run is not None and owned.item.name)]
+def _drawn(gallery: Gallery, section: str, captions: Sequence[str], notes: Sequence[str]) -> list[Drawn]:
+    keys = [f"{section}-{chart.name}-{place}" for place, chart in enumerate(gallery.charts)]
+    return [
+        Drawn(caption=caption, basis=chart.basis, notes=tuple(filter(None, (note, left_out))), svg=Markup(svg))
+        for chart, (svg, left_out), caption, note in zip(
+            gallery.charts, draw(gallery.charts, keys), captions, notes, strict=True
+        )
+    ]
 
 
-def _drawn(owned: Owned, section: str) -> Drawn:
-    svg, left_out = draw(owned.item, f"{section}-{owned.item.name}-{owned.place}")
-    return Drawn(run=owned.run, chart=owned.item, svg=Markup(svg), left_out=left_out)
-
-
-def _shown(owned: Owned) -> Shown:
-    table: Table = owned.item
-    columns = tuple(_column(table, name) for name in table.frame.columns)
-    cells = [column(values.to_list()) for values in table.frame.head(_MAX_ROWS)]
-    return Shown(run=owned.run, table=table, columns=columns, rows=tuple(zip(*cells, strict=True)))
+def _shown(table: Table) -> Shown:
+    frame = first_rows(table.frame, _MAX_ROWS)
+    columns = tuple(_column(table, name) for name in frame.columns)
+    cells = [column(values.to_list()) for values in frame]
+    return Shown(table=table, columns=columns, rows=tuple(zip(*cells, strict=True)))
 
 
 def _column(table: Table, name: str) -> Column:

@@ -1,6 +1,6 @@
-"""A chart to a piece of SVG that goes straight into a page: no ids but its own, no reference to anywhere.
+"""Charts to pieces of SVG that go straight into a page: no ids but their own, no reference to anywhere.
 
-The same chart gives the same bytes. Imports matplotlib: import this module late. Figures are objects of their own, with
+The same charts give the same bytes. Imports matplotlib: import this module late. Figures are objects of their own, with
 no display and no state shared between them. Text stays text, in the page's font.
 """
 
@@ -9,22 +9,21 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import date, datetime
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from specreason_batch.accounting.figures import Chart, ChartKind
-from specreason_batch.report.digits import cell, heading, number
+from specreason_batch.report.digits import heading, number
+from specreason_batch.report.drawing import BARS, Drawing, Numbers, prepare
 
 # Told apart by colour-blind readers (Okabe and Ito), without the yellow, which white paper swallows.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
@@ -49,150 +48,80 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#444444",
 }
 _WIDTH, _HEIGHT = 6.0, 3.1  # inches
-_MAX_POINTS = 1000  # of a line; more are drawn as the least and the greatest of each stretch
-_MAX_BARS = 120  # of numbers; more are drawn as a line or an area
-_MAX_CATEGORIES = 40
-_MAX_NAME = 32  # characters of a category or series
 _MARKED_POINTS = 25  # up to here, each has a dot
 _MARK_LINES = 4  # of marks' names above each other
 _SIZES = ((1e9, "G"), (1e6, "M"))
-_STACKED = (ChartKind.stacked_bar, ChartKind.stacked_area)
-_BARS = {ChartKind.bar: ChartKind.line, ChartKind.stacked_bar: ChartKind.stacked_area}
+_MAX_SQUEEZE = 5  # times, for a scale that charts share
+_STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Series:
-    """One line, or one colour of bars."""
+class _Picture:
+    """A chart on its way to SVG."""
 
-    label: str
-    y: np.ndarray[Any, np.dtype[np.float64]]  # beside the drawing's x; nan: no value
+    chart: Chart
+    drawing: Drawing
+    figure: Figure
+    axes: Axes
+    is_sideways: bool  # bars lie, below each other
 
+    @property
+    def values(self) -> Axis:
+        return self.axes.xaxis if self.is_sideways else self.axes.yaxis
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Drawing:
-    """A chart's frame as it is drawn."""
-
-    kind: ChartKind
-    x: np.ndarray[Any, np.dtype[np.float64]]  # ascending; of categories, their places
-    series: tuple[Series, ...]
-    categories: tuple[str, ...] | None  # None: x is a number or a time
-    is_time: bool
-    num_left_out: int = 0  # categories
-
-
-def draw(chart: Chart, key: str) -> tuple[str, str]:
-    """The SVG, and what of the data it does not show ('' if all). `key`: unique in the page."""
-    drawing = prepare(chart)
-    if drawing is None:
-        return "", "nothing to draw"
-    rc = _STYLE | {"svg.hashsalt": key}
-    with mpl.rc_context(rc), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has them
-        figure = Figure(figsize=(_WIDTH, _height(drawing)), layout="constrained")
-        _fill(figure, chart, drawing)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(text.getvalue(), chart.title, key), _left_out(drawing)
+    @property
+    def places(self) -> Axis:
+        """The axis of `drawing.x`."""
+        return self.axes.yaxis if self.is_sideways else self.axes.xaxis
 
 
-# --- from frame to numbers ---
+def draw(charts: Sequence[Chart], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Of each chart the SVG, and what of the data it does not show ('' if all).
+
+    `charts`: the same of several runs. They get the same scales where that leaves all
+    of them readable, and a series the same colour in all.
+    `keys`: unique in the page.
+    """
+    drawings = [prepare(chart) for chart in charts]
+    drawn = [drawing for drawing in drawings if drawing is not None]
+    labels = list(dict.fromkeys(series.label for drawing in drawn for series in drawing.series))
+    is_sideways = any(map(_needs_room, drawn))
+    with mpl.rc_context(_STYLE):
+        pictures = [
+            _fill(chart, drawing, labels, is_sideways) if drawing is not None else None
+            for chart, drawing in zip(charts, drawings, strict=True)
+        ]
+        _share_scales([picture for picture in pictures if picture is not None])
+        return [
+            (_svg(picture, key), picture.drawing.left_out) if picture is not None else ("", "nothing to draw")
+            for picture, key in zip(pictures, keys, strict=True)
+        ]
 
 
-def prepare(chart: Chart) -> Drawing | None:
-    """None if there is no value at all."""
-    frame = chart.frame.filter(pl.col(chart.x).is_not_null())
-    wide, labels = _widened(chart, frame)
-    if wide.is_empty() or not labels:
-        return None
-    is_time = wide[chart.x].dtype.is_temporal()
-    is_category = not (is_time or wide[chart.x].dtype.is_numeric())
-    num_left_out = max(0, wide.height - _MAX_CATEGORIES) if is_category else 0
-    wide = wide.head(_MAX_CATEGORIES) if is_category else wide.sort(chart.x)
-    drawing = Drawing(
-        kind=chart.kind,
-        x=np.arange(wide.height, dtype=np.float64) if is_category else _numbers(wide[chart.x]),
-        series=tuple(Series(label, _numbers(wide[name])) for name, label in labels.items()),
-        categories=tuple(_short(cell(value)) for value in wide[chart.x]) if is_category else None,
-        is_time=is_time,
-        num_left_out=num_left_out,
-    )
-    if not any(np.isfinite(series.y).any() for series in drawing.series):
-        return None
-    return _thinned(drawing)
-
-
-def _widened(chart: Chart, frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, str]]:
-    """One row an x, one column a series; and the series' labels by their columns."""
-    if chart.by is None:
-        return frame, {name: chart.labels.get(name, heading(name)) for name in chart.y}
-    [value] = chart.y
-    parts = frame.partition_by(chart.by, maintain_order=True, as_dict=True)
-    labels = {f"series {place}": _short(cell(key[0])) for place, key in enumerate(parts)}
-    wide = frame.select(chart.x).unique(maintain_order=True)
-    for name, part in zip(labels, parts.values(), strict=True):
-        lines = part.select(chart.x, pl.col(value).alias(name)).unique(chart.x, keep="last", maintain_order=True)
-        wide = wide.join(lines, on=chart.x, how="left", maintain_order="left")
-    return wide, labels
-
-
-def _numbers(column: pl.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Infinity is no value either."""
-    if column.dtype == pl.Duration:
-        column = column.dt.total_microseconds() / 1e6
-    if column.dtype.is_temporal():
-        return np.asarray(date2num([_naive(value) for value in column]), dtype=np.float64)  # type: ignore[no-untyped-call]
-    values = column.cast(pl.Float64).to_numpy().astype(np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _naive(value: date | datetime) -> date | datetime:
-    return value.replace(tzinfo=None) if isinstance(value, datetime) else value
-
-
-def _thinned(drawing: Drawing) -> Drawing:
-    """No more points than can be seen; bars that would be hair-thin become a line or an area."""
-    if drawing.categories is None and len(drawing.x) > _MAX_BARS:
-        drawing = replace(drawing, kind=_BARS.get(drawing.kind, drawing.kind))
-    if len(drawing.x) <= _MAX_POINTS:
-        return drawing
-    kept = np.unique(np.concatenate([_extremes(series.y) for series in drawing.series]))
-    series = tuple(Series(series.label, series.y[kept]) for series in drawing.series)
-    return replace(drawing, x=drawing.x[kept], series=series)
-
-
-def _extremes(y: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Places of the least and the greatest value of each stretch, and of both ends: no peak is lost."""
-    places = [np.array([0, len(y) - 1])]
-    for stretch in np.array_split(np.arange(len(y)), _MAX_POINTS // 2):
-        places.append(stretch[[np.argmin(np.nan_to_num(y[stretch], nan=np.inf))]])
-        places.append(stretch[[np.argmax(np.nan_to_num(y[stretch], nan=-np.inf))]])
-    return np.concatenate(places)
-
-
-def _short(text: str) -> str:
-    """Beginning and end: either may be what tells names apart."""
-    text = " ".join(text.split())
-    half = (_MAX_NAME - 1) // 2
-    return text if len(text) <= _MAX_NAME else f"{text[:half]}…{text[-half:]}"
-
-
-# --- from numbers to a picture ---
-
-
-def _fill(figure: Figure, chart: Chart, drawing: Drawing) -> None:
+def _fill(chart: Chart, drawing: Drawing, labels: Sequence[str], is_sideways: bool) -> _Picture:
+    has_legend = len(labels) > 1 or chart.by is not None
+    figure = Figure(figsize=(_WIDTH, _height(drawing, has_legend, is_sideways)), layout="constrained")
     axes = figure.add_subplot()
-    is_sideways = _is_sideways(drawing)
-    handles = _DRAW[drawing.kind](axes, drawing, is_sideways)
-    _scale(axes, drawing, is_sideways)
+    axes.use_sticky_edges = False  # the upper end of a bar is no end of the axis
+    picture = _Picture(chart, drawing, figure, axes, is_sideways)
+    looks = [_Look.of(labels.index(series.label)) for series in drawing.series]
+    handles = _DRAW[drawing.kind](picture, looks)
+    _scale(picture)
     for x in chart.marks.values():
         axes.axvline(x, color="#333333", linestyle=(0, (4, 3)), linewidth=1)
-    _name_marks(axes, chart.marks)
-    x_label, y_label = chart.x_label or _label(chart, chart.x), chart.y_label or _label(chart, chart.y[0])
-    axes.set_xlabel(y_label if is_sideways else x_label)
-    axes.set_ylabel(x_label if is_sideways else y_label)
-    if len(drawing.series) > 1:
-        labels = [f"\u200b{series.label}" for series in drawing.series]  # matplotlib hides what begins with `_`
-        figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels), frameon=False)
+    _name_axes(picture)
+    if has_legend:
+        names = [f"\u200b{series.label}" for series in drawing.series]  # matplotlib hides what begins with `_`
+        figure.legend(handles, names, loc="outside upper left", ncols=_columns(names), frameon=False)
+    return picture
+
+
+def _name_axes(picture: _Picture) -> None:
+    """Categories need no name but what the chart gives them."""
+    chart = picture.chart
+    x_label = chart.x_label or ("" if picture.drawing.categories else _label(chart, chart.x))
+    picture.places.set_label_text(x_label)
+    picture.values.set_label_text(chart.y_label or _label(chart, chart.y[0]))
 
 
 def _label(chart: Chart, name: str) -> str:
@@ -204,97 +133,100 @@ def _columns(labels: Sequence[str]) -> int:
     return max(1, min(len(labels), 72 // (max(map(len, labels)) + 6)))
 
 
-def _is_sideways(drawing: Drawing) -> bool:
+def _needs_room(drawing: Drawing) -> bool:
     """Bars of categories whose names have no room below."""
-    names = drawing.categories or ()
-    return drawing.kind in _BARS and sum(len(name) + 2 for name in names) > 60
+    return drawing.kind in BARS and sum(len(name) + 2 for name in drawing.categories or ()) > 60
 
 
-def _height(drawing: Drawing) -> float:
-    legend = 0.2 * math.ceil(len(drawing.series) / 3) if len(drawing.series) > 1 else 0.0
-    if not _is_sideways(drawing):
+def _height(drawing: Drawing, has_legend: bool, is_sideways: bool) -> float:
+    legend = 0.2 * math.ceil(len(drawing.series) / 3) if has_legend else 0.0
+    if not is_sideways:
         return _HEIGHT + legend
-    bars = len(drawing.x) * (1 if drawing.kind in _STACKED else min(3, len(drawing.series)))
+    bars = len(drawing.x) * (min(3, len(drawing.series)) if drawing.kind is ChartKind.bar else 1)
     return max(_HEIGHT, 0.8 + 0.24 * bars) + legend
 
 
-def _look(place: int) -> tuple[str, int]:
-    """A colour, and how often all have been used before."""
-    return _COLOURS[place % len(_COLOURS)], (place // len(_COLOURS)) % len(_DASHES)
+# --- what is drawn ---
 
 
-def _lines(axes: Axes, drawing: Drawing, is_sideways: bool) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Of a series."""
+
+    colour: str
+    dash: str
+    hatch: str
+
+    @classmethod
+    def of(cls, place: int) -> "_Look":
+        turn = place // len(_COLOURS)  # how often all colours have been used before
+        return cls(_COLOURS[place % len(_COLOURS)], _DASHES[turn % len(_DASHES)], _HATCHES[turn % len(_HATCHES)])
+
+
+def _lines(picture: _Picture, looks: Sequence[_Look]) -> list[Any]:
+    drawing = picture.drawing
     style = "steps-post" if drawing.kind is ChartKind.step else "default"
     handles: list[Any] = []
-    for place, series in enumerate(drawing.series):
-        colour, turn = _look(place)
+    for series, look in zip(drawing.series, looks, strict=True):
         has_value = np.isfinite(series.y)
-        x, y = (drawing.x[has_value], series.y[has_value]) if _is_sparse(drawing) else (drawing.x, series.y)
-        dots = {"marker": "o", "markersize": 4} if has_value.sum() <= _MARKED_POINTS else {}
-        [handle] = axes.plot(
-            x,
-            y,
-            color=colour,
-            linestyle=_DASHES[turn],
+        shown = has_value if drawing.joins_points else slice(None)
+        marker = "o" if has_value.sum() <= _MARKED_POINTS else ""
+        [handle] = picture.axes.plot(
+            drawing.x[shown],
+            series.y[shown],
+            color=look.colour,
+            linestyle=look.dash,
             drawstyle=style,
             linewidth=1.6,
-            **dots,  # type: ignore[arg-type]
+            marker=marker,
+            markersize=4,
         )
         handles.append(handle)
     return handles
 
 
-def _is_sparse(drawing: Drawing) -> bool:
-    """Series with x of their own: where another has a value, a line goes on."""
-    return len(drawing.series) > 1 and not any(np.isfinite(series.y).all() for series in drawing.series)
-
-
-def _bars(axes: Axes, drawing: Drawing, is_sideways: bool) -> list[Any]:
-    slot = _slot(drawing)
-    thickness = slot / len(drawing.series)
+def _bars(picture: _Picture, looks: Sequence[_Look]) -> list[Any]:
+    """Side by side, or on top of each other."""
+    drawing, is_stacked = picture.drawing, picture.drawing.kind is not ChartKind.bar
+    slot = _slot(drawing.x)
+    thickness = slot if is_stacked else slot / len(drawing.series)
     handles: list[Any] = []
-    for place, series in enumerate(drawing.series):
-        at = drawing.x - slot / 2 + thickness * (place + 0.5)
-        handles.append(_bar(axes, place, at, np.nan_to_num(series.y), thickness, 0, is_sideways))
-    return handles
-
-
-def _stacked_bars(axes: Axes, drawing: Drawing, is_sideways: bool) -> list[Any]:
     below = np.zeros(len(drawing.x))
-    handles: list[Any] = []
-    for place, series in enumerate(drawing.series):
-        y = np.nan_to_num(series.y)
-        handles.append(_bar(axes, place, drawing.x, y, _slot(drawing), below, is_sideways))
-        below = below + y
+    for place, (series, look) in enumerate(zip(drawing.series, looks, strict=True)):
+        length = np.nan_to_num(series.y)
+        at = drawing.x if is_stacked else drawing.x - slot / 2 + thickness * (place + 0.5)
+        handles.append(_bar(picture, look, at, length, thickness, below))
+        below = below + length if is_stacked else below
     return handles
 
 
-def _bar(axes: Axes, place: int, at: Any, length: Any, thickness: float, start: Any, is_sideways: bool) -> Any:
-    colour, turn = _look(place)
-    look: dict[str, Any] = {"color": colour, "hatch": _HATCHES[turn], "edgecolor": "white", "linewidth": 0.4}
-    if is_sideways:
-        return axes.barh(at, length, height=thickness, left=start, **look)
-    return axes.bar(at, length, width=thickness, bottom=start, **look)
+def _bar(picture: _Picture, look: _Look, at: Numbers, length: Numbers, thickness: float, start: Numbers) -> Any:
+    style: dict[str, Any] = {"color": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.4}
+    if picture.is_sideways:
+        return picture.axes.barh(at, length, height=thickness, left=start, **style)
+    return picture.axes.bar(at, length, width=thickness, bottom=start, **style)
 
 
-def _slot(drawing: Drawing) -> float:
+def _slot(x: Numbers) -> float:
     """Of the space between neighbours, what bars fill."""
-    gaps = np.diff(np.unique(drawing.x))
-    return 0.8 * float(gaps.min()) if len(gaps) else 0.8
+    gaps = np.diff(np.unique(x))
+    if len(gaps):
+        return 0.8 * float(gaps.min())
+    return 0.8 if _is_whole(x) else 0.1 * abs(float(x[0]))
 
 
-def _areas(axes: Axes, drawing: Drawing, is_sideways: bool) -> list[Any]:
+def _areas(picture: _Picture, looks: Sequence[_Look]) -> list[Any]:
+    drawing = picture.drawing
     if len(drawing.x) == 1:  # an area without a width cannot be seen
-        return _stacked_bars(axes, drawing, is_sideways)
-    looks = [_look(place) for place in range(len(drawing.series))]
-    handles = axes.stackplot(
+        return _bars(picture, looks)
+    handles = picture.axes.stackplot(
         drawing.x,
         *(np.nan_to_num(series.y) for series in drawing.series),
-        colors=[colour for colour, _ in looks],
+        colors=[look.colour for look in looks],
         linewidth=0,
     )
-    for handle, (_, turn) in zip(handles, looks, strict=True):
-        handle.set_hatch(_HATCHES[turn])
+    for handle, look in zip(handles, looks, strict=True):
+        handle.set_hatch(look.hatch)
         handle.set_edgecolor("white")
     return list(handles)
 
@@ -303,7 +235,7 @@ _DRAW = {
     ChartKind.line: _lines,
     ChartKind.step: _lines,
     ChartKind.bar: _bars,
-    ChartKind.stacked_bar: _stacked_bars,
+    ChartKind.stacked_bar: _bars,
     ChartKind.stacked_area: _areas,
 }
 
@@ -311,44 +243,70 @@ _DRAW = {
 # --- axes ---
 
 
-def _scale(axes: Axes, drawing: Drawing, is_sideways: bool) -> None:
-    values, places = (axes.xaxis, axes.yaxis) if is_sideways else (axes.yaxis, axes.xaxis)
+def _scale(picture: _Picture) -> None:
+    drawing, values, places = picture.drawing, picture.values, picture.places
     values.set_major_formatter(_formatter(values))
-    is_count = all(_is_whole(series.y) for series in drawing.series)
-    values.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=is_count))
+    values.set_major_locator(MaxNLocator(6, steps=_STEPS, integer=_is_whole(drawing.values)))
     places.grid(False)
     if drawing.categories is not None:
-        places.set_ticks(drawing.x, labels=_tick_names(drawing, is_sideways))
+        places.set_ticks(drawing.x, labels=_tick_names(drawing.categories, picture.is_sideways))
     elif drawing.is_time:
         locator = AutoDateLocator(maxticks=7)  # type: ignore[no-untyped-call]
         places.set_major_locator(locator)
         places.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     else:
-        places.set_major_locator(MaxNLocator(10, integer=_is_whole(drawing.x)))
+        places.set_major_locator(MaxNLocator(10, steps=_STEPS, integer=_is_whole(drawing.x)))
         places.set_major_formatter(_formatter(places))
-    if is_sideways:
-        axes.invert_yaxis()
-    elif drawing.kind not in _BARS and _is_near_zero(drawing):
-        axes.set_ylim(bottom=0)
+    if _starts_at_zero(drawing):
+        _set_limits(values, 0, _limits(values)[1])
     if drawing.kind is ChartKind.stacked_area and len(drawing.x) > 1:
-        axes.set_xlim(drawing.x[0], drawing.x[-1])
+        _set_limits(places, drawing.x[0], drawing.x[-1])
 
 
-def _is_whole(values: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+def _is_whole(values: Numbers) -> bool:
     return bool((values[np.isfinite(values)] % 1 == 0).all())
 
 
-def _tick_names(drawing: Drawing, is_sideways: bool) -> list[str]:
+def _tick_names(names: Sequence[str], is_sideways: bool) -> list[str]:
     """All of them, or as many as have room below a line."""
-    names = list(drawing.categories or ())
     every = 1 if is_sideways else math.ceil(sum(len(name) + 2 for name in names) / 80)
     return [name if place % every == 0 else "" for place, name in enumerate(names)]
 
 
-def _is_near_zero(drawing: Drawing) -> bool:
-    """Nothing is under zero, and cutting the axis would blow small differences up for no gain."""
-    values = np.concatenate([series.y[np.isfinite(series.y)] for series in drawing.series])
-    return bool(0 <= values.min() <= 0.7 * values.max())
+def _starts_at_zero(drawing: Drawing) -> bool:
+    """Nothing is under zero; and lines that are far from it would lose their differences for no gain."""
+    least, greatest = drawing.values.min(), drawing.values.max()
+    is_line = drawing.kind in (ChartKind.line, ChartKind.step)
+    return bool(least >= 0 and greatest > 0 and (not is_line or least <= 0.7 * greatest))
+
+
+def _limits(axis: Axis) -> tuple[float, float]:
+    low, high = axis.get_view_interval()
+    return float(low), float(high)
+
+
+def _set_limits(axis: Axis, low: float, high: float) -> None:
+    set_limits = axis.axes.set_xlim if axis is axis.axes.xaxis else axis.axes.set_ylim
+    set_limits(low, high)
+
+
+def _share_scales(pictures: Sequence[_Picture]) -> None:
+    """So that lengths beside each other can be compared; times of day and names of categories are each run's own."""
+    _share([picture.values for picture in pictures])
+    if not any(picture.drawing.categories or picture.drawing.is_time for picture in pictures):
+        _share([picture.places for picture in pictures])
+    for picture in pictures:
+        picture.axes.yaxis.set_inverted(picture.is_sideways)  # the first on top
+        _name_marks(picture.axes, picture.chart.marks)
+
+
+def _share(axes: Sequence[Axis]) -> None:
+    """Unless the smallest would be squeezed until nothing is seen of it."""
+    limits = [_limits(axis) for axis in axes]
+    spans = [high - low for low, high in limits]
+    if spans and max(spans) <= _MAX_SQUEEZE * min(spans):
+        for axis in axes:
+            _set_limits(axis, min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def _formatter(axis: Axis) -> FuncFormatter:
@@ -385,12 +343,15 @@ def _name_marks(axes: Axes, marks: dict[str, float]) -> None:
         )
 
 
-def _left_out(drawing: Drawing) -> str:
-    shown = len(drawing.x)
-    return f"the first {shown} of {shown + drawing.num_left_out} are drawn" if drawing.num_left_out else ""
-
-
 # --- into the page ---
+
+
+def _svg(picture: _Picture, key: str) -> str:
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has them
+        picture.figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _inline(text.getvalue(), picture.chart.title, key)
 
 
 def _inline(svg: str, title: str, key: str) -> str:

@@ -1,7 +1,8 @@
 """A report on the terminal: what matters first, sections where they are asked for. Does not know: files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import polars as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
@@ -9,7 +10,16 @@ from rich.text import Text
 
 from specreason_batch.accounting.figures import Basis, Report, Table
 from specreason_batch.report.digits import column, heading
-from specreason_batch.report.side_by_side import Cell, HeadlineFigure, Laid, Owned, Row, headline, lay_out
+from specreason_batch.report.side_by_side import (
+    Cell,
+    HeadlineFigure,
+    Laid,
+    Row,
+    all_notes,
+    first_rows,
+    headline,
+    lay_out,
+)
 
 _MAX_ROWS = 20  # of a table
 _MAX_CELL = 60  # characters of a text
@@ -33,17 +43,17 @@ def _print_section(console: Console, laid: Laid) -> None:
     for text in laid.texts:
         _say(console, text)
     _print_figures(console, laid.rows, laid.columns)
-    for owned in laid.tables:
-        _print_table(console, owned, laid.name)
-    for title in dict.fromkeys(owned.item.title for owned in laid.charts):
-        _say(console, f"chart in report.html: {title}", "dim")
+    for table in laid.tables:
+        _print_table(console, table, laid.name)
+    for gallery in laid.galleries:
+        _say(console, f"chart in report.html: {gallery.charts[0].title}", "dim")
 
 
 def _print_figures(console: Console, rows: Sequence[Row], columns: Sequence[str]) -> None:
     """As many runs beside each other as the width holds; the others below them; then notes."""
     if not rows:
         return
-    notes = _notes(rows)
+    notes = all_notes(rows)
     size = max(1, (console.width - _FIGURE_WIDTH) // _RUN_WIDTH)
     for first in range(0, len(columns), size):
         grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_header=len(columns) > 1)
@@ -56,11 +66,6 @@ def _print_figures(console: Console, rows: Sequence[Row], columns: Sequence[str]
         console.print(grid)
     for number, note in enumerate(notes, start=1):
         _say(console, f"{number}: {note}", "dim")
-
-
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """All of them once; a figure refers to them by number."""
-    return list(dict.fromkeys(note for row in rows for note in row.notes))
 
 
 def _label(row: Row, notes: Sequence[str]) -> Text:
@@ -79,31 +84,26 @@ def _basis(row: Row) -> Text:
     return Text(", ".join(dict.fromkeys(cell.basis for cell in row.cells if cell.basis is not None)))
 
 
-def _print_table(console: Console, owned: Owned, section: str) -> None:
-    table: Table = owned.item
-    title = Text(f"{table.title}: {owned.run}" if owned.run else table.title, style="bold")
-    console.print(title.append(f"  {table.basis}", _STYLES[table.basis]))
-    console.print(_grid(table))
-    for line in _beneath(table, section):
-        _say(console, line, "dim")
+def _print_table(console: Console, table: Table, section: str) -> None:
+    frame = first_rows(table.frame, _MAX_ROWS)
+    console.print(Text(table.title, style="bold").append(f"  {table.basis}", _STYLES[table.basis]))
+    console.print(_grid(table, frame))
+    if table.note:
+        _say(console, table.note, "dim")
+    if frame.height < table.frame.height:
+        file = f"tables/{section}__{table.name}.parquet"
+        _say(console, f"the first {frame.height} of {table.frame.height:,} rows; all: {file}", "dim")
 
 
-def _grid(table: Table) -> Grid:
+def _grid(table: Table, frame: pl.DataFrame) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, kind in table.frame.schema.items():
+    for name, kind in frame.schema.items():
         label, unit = table.labels.get(name, heading(name)), table.units.get(name, "")
         text = Text(f"{label} ({unit})" if unit not in ("", label) else label)
         grid.add_column(text, justify="right" if kind.is_numeric() else "left")
-    for row in zip(*(column(values.to_list()) for values in table.frame.head(_MAX_ROWS)), strict=True):
+    for row in zip(*(column(values.to_list()) for values in frame), strict=True):
         grid.add_row(*(Text(_cut(text)) for text in row))
     return grid
-
-
-def _beneath(table: Table, section: str) -> Iterator[str]:
-    if table.note:
-        yield table.note
-    if table.frame.height > _MAX_ROWS:
-        yield f"the first {_MAX_ROWS} of {table.frame.height:,} rows; all: tables/{section}__{table.name}.parquet"
 
 
 def _cut(text: str) -> str:

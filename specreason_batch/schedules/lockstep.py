@@ -22,9 +22,12 @@ def lockstep(driver: Driver) -> Iterator[RoundReport]:
     active: list[Walk] = []
     while active := driver.refill(active):
         driver.begin_round()
+        driver.stats.phase_seconds = dict.fromkeys((name for name, _ in ROUND), 0.0)
         for name, phases in ROUND:
             began = driver.clock.now()
-            driver.submit(active, phases)
-            driver.drain()
-            driver.stats.phase_seconds[name] = driver.clock.now() - began
+            try:
+                driver.submit(active, phases)
+                driver.drain()
+            finally:  # a round that is cut short has its row too
+                driver.stats.phase_seconds[name] = driver.clock.now() - began
         yield driver.end_round()

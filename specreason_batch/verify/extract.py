@@ -1,8 +1,8 @@
 """The final answer within the text that a chain wrote after its thinking. Pure; rather none than a guess.
 
 In this order, the first that is there: what the last `\\boxed{...}` holds; what the last "the answer is ..." or
-"answer: ..." says; a rule of the kind's own. Where there is a `\\boxed{`, nothing else is looked at: one that is empty or
-never closed is none.
+"answer: ..." says; a rule of the kind's own. Where there is a `\\boxed{`, nothing else is looked at: one that is empty
+or never closed is none.
 """
 
 import re

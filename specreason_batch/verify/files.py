@@ -133,7 +133,8 @@ class ShardChains:
 
     def _read(self, part: str, names: Sequence[str], only: Collection[str] | None = None) -> list[Row]:
         """`only`: of these prompts."""
-        table = read_part(self.paths.file("chains", part), [self.columns[name] for name in names])
+        wanted = list(dict.fromkeys(self.columns[name] for name in names))  # one column may serve as two
+        table = read_part(self.paths.file("chains", part), wanted)
         if only is not None:
             table = table.filter(pc.is_in(table["prompt_id"], pa.array(only, pa.string())))
         values = [table[self.columns[name]].to_pylist() for name in names]

@@ -1,7 +1,8 @@
 """One verification from run to verdicts, part by part. The composition root of `verify`.
 
 A few parts are under way at a time, so that one comparison that hangs does not leave the other workers without work;
-what is held in memory does not grow with the run, but for the ids of a shard's prompts that must be voted on.
+what is held in memory does not grow with the run, but for the ids of one shard's prompts that must be voted on, and
+for the names of parts.
 """
 
 import os
@@ -26,7 +27,7 @@ from specreason_batch.verify.files import (
     write_verdicts,
 )
 from specreason_batch.verify.judging import Ballot, PartJudging, Sample, read_sample
-from specreason_batch.verify.telling import Progress, tally, tell
+from specreason_batch.verify.telling import Progress, tally, tell, tell_next
 from specreason_batch.verify.workers import Pending, Workers
 
 VERSION = 1  # of the rules by which answers are found and compared
@@ -41,10 +42,6 @@ class Task:
     run: Run
     chains: ShardChains
     part: str
-
-    @property
-    def paths(self) -> ShardPaths:
-        return self.chains.paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +61,18 @@ def verify(config: VerifyConfig, console: Console, check: Callable[[], None] = l
     runs = [Run.open(name) for name in config.runs]
     settings = settings_text(verdict_settings(config))
     plan = [Plan.make(run, config, settings) for run in runs]
-    progress = Progress(console, config.log_seconds, num_parts=sum(len(made.tasks) for made in plan))
+    num_parts = sum(made.num_tasks for made in plan)
+    progress = Progress(console, config.log_seconds, num_parts)
     for made in plan:
         for line in made.notes():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if any(made.tasks for made in plan):
-        _verify((task for made in plan for task in made.tasks), config, settings, progress, check)
-    for run in runs:
-        tell(tally(run.root), str(run.root), console)
+    if num_parts:
+        _verify((task for made in plan for task in made.tasks(config)), config, settings, progress, check)
+    tallies = [tally(run.root) for run in runs]
+    for run, found in zip(runs, tallies, strict=True):
+        tell(found, str(run.root), console)
     progress.close()
+    tell_next(config.runs, tallies, any(made.num_waiting for made in plan), console)
 
 
 def verdict_settings(config: VerifyConfig) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class Plan:
     run: Run
     num_done: int  # parts that have verdicts of the same settings
     num_waiting: int  # parts that must wait for other samples of their prompts
-    tasks: list[Task]
+    todo: list[tuple[ShardPaths, list[str]]]  # parts whose verdicts are to be made, by shard
 
     @classmethod
     def make(cls, run: Run, config: VerifyConfig, settings: str) -> "Plan":
         """Raises InvalidInput if a column is not there, or a part is damaged."""
-        num_done, num_waiting, tasks = 0, 0, []
+        num_done, num_waiting, work = 0, 0, []
         for paths in run.shards:
             remove_abandoned(paths)
             chains = ShardChains(paths, config, run.samples_per_prompt)
@@ -100,8 +100,18 @@ class Plan:
             ready = [part for part in todo if not chains.is_waiting(part)]
             num_done += len(chains.parts) - len(todo)
             num_waiting += len(todo) - len(ready)
-            tasks += [Task(run, chains, part) for part in ready]
-        return cls(run, num_done, num_waiting, tasks)
+            work.append((paths, ready))
+        return cls(run, num_done, num_waiting, work)
+
+    @property
+    def num_tasks(self) -> int:
+        return sum(len(parts) for _, parts in self.todo)
+
+    def tasks(self, config: VerifyConfig) -> Iterator[Task]:
+        """Shard by shard; what is known of the last one's prompts is let go."""
+        for paths, parts in self.todo:
+            chains = ShardChains(paths, config, self.run.samples_per_prompt)
+            yield from (Task(self.run, chains, part) for part in parts)
 
     def notes(self) -> Iterator[str]:
         if self.num_waiting:
@@ -109,7 +119,7 @@ class Plan:
                 f"{self.run.root}: {self.num_waiting} part(s) wait for other samples of their prompts, which have no "
                 "gold answer; verify again when the run has gone on"
             )
-        if not self.tasks:
+        if not self.num_tasks:
             yield f"{self.run.root}: nothing to do, {self.num_done} part(s) have verdicts of the same settings"
 
 
@@ -157,7 +167,7 @@ def _step(under_way: list[UnderWay], settings: str, workers: Workers, progress: 
     for item in under_way:
         if item.pending.is_done:
             rows = item.judging.rows(item.pending.outcomes)
-            write_verdicts(item.task.paths, item.task.part, rows, item.task.run.fingerprint, settings)
+            write_verdicts(item.task.chains.paths, item.task.part, rows, item.task.run.fingerprint, settings)
             progress.judged(len(rows))
     progress.say(workers.num_timeouts, workers.num_deaths)
     return [item for item in under_way if not item.pending.is_done]

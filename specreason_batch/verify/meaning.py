@@ -21,8 +21,10 @@ _PERCENT = re.compile(r"\s*\\?%$")
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
 _DIGIT_ARGUMENTS = re.compile(r"\\frac\s*\d\s*\d|\\sqrt\s*\d|[_^]\s*\d")
 _THOUSANDS = re.compile(r"(?<!\d)(\d{1,3})((?: \d{3})+)(?!\d)(?! \d)")
+_PRODUCT = re.compile(r"(?<![_^\d])(\d+)\s*(?=\(\d+\))")
 _DIGITS_APART = re.compile(r"\d\s+\d")
 _RELATIVE_ROUNDING = 1e-5  # 0.333333 is 1/3; the library's own rounding is to six decimals, whatever the size
+_NOTHING = 1e-60  # SymPy leaves 0.e-125 of 2 - 2
 
 Readings = list[Any]  # SymPy objects, and the text itself; empty: it cannot be read
 
@@ -56,8 +58,9 @@ def _check_words(expected: frozenset[str], extracted: frozenset[str]) -> None:
 
 
 def _tidy(text: str) -> str:
-    """`1 000` is 1000."""
-    return _THOUSANDS.sub(lambda found: found[0].replace(" ", ""), laid_out(text)).removesuffix(".")
+    """`1 000` is 1000; `2(9)` is a product, where the library reads a mixed number."""
+    text = _THOUSANDS.sub(lambda found: found[0].replace(" ", ""), laid_out(text)).removesuffix(".")
+    return _PRODUCT.sub(r"\1\\cdot ", text)
 
 
 def _is_digits_apart(text: str) -> bool:
@@ -103,7 +106,7 @@ def _is_close(one: Any, other: Any) -> bool:
     if not (isinstance(one, Expr) and isinstance(other, Expr) and one.is_number and other.is_number):
         return True
     size, apart = abs(N(one)), abs(N(one) - N(other))
-    return apart == 0 or not apart.is_finite or bool(apart <= _RELATIVE_ROUNDING * size)
+    return not apart.is_finite or bool(apart <= max(_NOTHING, _RELATIVE_ROUNDING * size))
 
 
 def _is_read(text: str) -> bool:

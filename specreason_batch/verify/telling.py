@@ -1,5 +1,6 @@
 """What a person sees of a verification."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from specreason_batch.accounting.intervals import wilson
 from specreason_batch.store.reading import scan
-from specreason_batch.store.verdicts import Verdict
+from specreason_batch.store.verdicts import Verdict, VerdictBasis
 
 
 class Progress:
@@ -92,6 +93,16 @@ def tell(found: Tally | None, title: str, console: Console) -> None:
     console.print(_table(found, title))
     for verdict, reason, count in found.reasons:
         console.print(f"  {count:,} {verdict}: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def tell_next(runs: Sequence[str], tallies: Sequence[Tally | None], is_waiting: bool, console: Console) -> None:
+    """What to do with the verdicts. `is_waiting`: for samples that are not there yet."""
+    given = shlex.quote(f"[{','.join(runs)}]")
+    bases = {group.basis for found in tallies if found for group in found.groups}
+    answers = "right_or_majority" if VerdictBasis.majority in bases else "right"
+    commands = [f"report runs={given}", f"export runs={given} select.answers={answers} format=... output=..."]
+    for command in [f"verify run={given} again, when the run has gone on"] if is_waiting else commands:
+        console.print(f"next: python -m jobs.{command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(found: Tally, title: str) -> Table:

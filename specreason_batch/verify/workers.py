@@ -4,16 +4,15 @@ Comparisons travel in batches. A batch that runs out of time, or whose worker di
 comparisons made alone, so that only the culprit is without a result. Does not know: chains, verdicts, files.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,10 +27,9 @@ KILLED = "killed the worker"
 _BATCH = 16  # comparisons of about 3 ms; what a hanging one makes the others wait for stays small
 _PATIENCE = 0.2  # seconds until the caller looks at signals again
 _OUT_OF_MEMORY = 78  # exit status of a worker
-_MEMORY_SHARE = (
-    0.25  # of the limit: a comparison that took more, and found nothing equal, may have failed for want of it
-)
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Of the limit: a comparison that took more, and found nothing equal, may have failed for want of it.
+_MEMORY_SHARE = 0.25
+_ALARM_SECONDS = 2.0  # after the pool should have killed a worker: it does so itself, for its job may be gone
 _FROM_OUTSIDE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR2)  # exit codes: a signal that went to all processes
 
 
@@ -98,21 +96,29 @@ class Workers:
             self._note(future, self._batches.pop(future))
 
     def _schedule(self, batch: _Batch) -> None:
-        future = self._pool.schedule(_compare_all, args=(batch.comparisons, self._memory_bytes), timeout=self._timeout)
+        future = self._pool.schedule(
+            _compare_all, args=(batch.comparisons, self._memory_bytes, self._timeout), timeout=self._timeout
+        )
         self._batches[future] = batch
 
     def _note(self, future: Future[list[Outcome]], batch: _Batch) -> None:
         try:
             outcomes = future.result()
         except TimeoutError:
-            self._take_apart(batch, f"{TIMED_OUT} after {self._timeout:g} s")
+            self._take_apart(batch, self._timed_out)
         except ProcessExpired as error:
             if error.exitcode in _FROM_OUTSIDE:
                 self._schedule(batch)
+            elif error.exitcode == -signal.SIGALRM:
+                self._take_apart(batch, self._timed_out)
             else:
                 self._take_apart(batch, f"{KILLED}, {_cause(error.exitcode)}")
         else:
             batch.pending.outcomes.update(zip(batch.comparisons, outcomes, strict=True))
+
+    @property
+    def _timed_out(self) -> str:
+        return f"{TIMED_OUT} after {self._timeout:g} s"
 
     def _take_apart(self, batch: _Batch, reason: str) -> None:
         if len(batch.comparisons) > 1:
@@ -135,10 +141,10 @@ def _cause(exitcode: int | None) -> str:
 
 
 def _begin(memory_bytes: int) -> None:
-    """SIGTERM is how the pool ends a worker: at once, even inside a call that takes for ever."""
+    """SIGTERM and the alarm end a worker at once, even inside a call that takes for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    _die_with_the_server()
     limit = _status_bytes("VmSize") + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -146,14 +152,19 @@ def _begin(memory_bytes: int) -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
 
 
-def _die_with_the_server() -> None:
-    """It ends with the job, be it by kill -9. Elsewhere than on Linux this does nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _compare_all(comparisons: Sequence[Comparison], memory_bytes: int, timeout_seconds: float) -> list[Outcome]:
+    with _alarm(timeout_seconds + _ALARM_SECONDS):
+        return [_compare_or_die(comparison, memory_bytes) for comparison in comparisons]
 
 
-def _compare_all(comparisons: Sequence[Comparison], memory_bytes: int) -> list[Outcome]:
-    return [_compare_or_die(comparison, memory_bytes) for comparison in comparisons]
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """End this process if it takes longer: nobody else does once the job was ended by kill -9."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _compare_or_die(comparison: Comparison, memory_bytes: int) -> Outcome:

@@ -5,9 +5,11 @@ import signal
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from specreason_batch.store.attempts import AttemptState, read_attempts
+from specreason_batch.store.reading import scan
 from tests.slurm.cluster import GRACE_SECONDS, wait_for
 from tests.slurm.place import ROOT, Place
 
@@ -144,6 +146,24 @@ def test_what_follows_runs_once_and_only_after_everything_before_it_went_well(pl
     assert place.chains() == place.expected(2)
     assert (place.folder / "after").exists()
     assert "nothing to submit" in place.submit(before, "num_shards=2", after)
+
+
+def test_a_run_ends_as_a_verified_reported_exported_data_set(place: Place) -> None:
+    """One command on the login node: array, verdicts, report, data set (docs/slurm.md)."""
+    place.write_shards(2)
+    steps = [
+        f"python -m jobs.verify run={place.output} num_workers=1",
+        f"python -m jobs.report runs={place.output}",
+        f"python -m jobs.export runs=[{place.output}] output={place.folder}/dataset format=sft_messages",
+    ]
+    place.submit(f"after={steps}".replace("'", '"'))
+    place.cluster.wait_until(place.plans[-1].jobs["after-2"], "COMPLETED", seconds=300)
+    verdicts = scan(place.output, "verdicts")
+    assert verdicts is not None
+    assert set(verdicts.select("prompt_id", "sample_index").collect().rows()) == set(place.expected(2))
+    assert (place.output / "report" / "report.html").exists()
+    rows = pl.read_parquet(place.folder / "dataset" / "data" / "*.parquet")
+    assert rows.height == len(place.expected(2))
 
 
 def test_a_task_on_a_bad_node_is_requeued_on_another(place: Place) -> None:

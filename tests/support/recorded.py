@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from specreason_batch.accounting.load import RunFiles
 from specreason_batch.rounds import RoundStats
+from specreason_batch.store.attempts import Attempt, AttemptState, Owner
 from specreason_batch.store.parts import ShardPaths, ShardWriter, write_table
 from specreason_batch.store.schemas import CHAINS, STEPS, round_row
 from specreason_batch.store.verdicts import VERDICTS
+from specreason_batch.types import Hardware
 from tests.support.commits import Uncontended
 
 FIELDS = {
@@ -113,6 +115,7 @@ class Recorded:
     reading: str = "expected"
     answer_role: str = "base"
     fields: dict[str, Any] = field(default_factory=dict)  # of the fingerprint, in place of FIELDS'
+    mass_floor: float = 0.5
     hardware: dict[str, Any] = field(default_factory=lambda: {"machine": "x86_64", "cpu_count": 2})
 
     def part(
@@ -139,15 +142,37 @@ class Recorded:
         schema = VERDICTS.with_metadata({"settings": settings})
         write_table(pa.Table.from_pylist(verdicts, schema=schema), root / "verdicts" / newest.name)
 
+    def ran_on(self, *devices: str, shard: str = "shard") -> "Recorded":
+        """One more attempt on the shard, with these GPUs."""
+        folder = self.folder / shard / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        attempt = Attempt(
+            number=len(list(folder.iterdir())) + 1,
+            owner=Owner(host="node", pid=1, machine="", born=""),
+            hardware=Hardware(devices=devices),
+            state=AttemptState.finished,
+            started_at=0.0,
+            beat_at=0.0,
+        )
+        (folder / f"attempt-{attempt.number:05d}.json").write_text(json.dumps(asdict(attempt)))
+        return self
+
+    @property
+    def _fingerprint_fields(self) -> dict[str, Any]:
+        """Those of a model that the policy has no use for are left out, as in a real run."""
+        unused = {"base_only": "draft.", "base_direct": "draft.", "draft_only": "base."}.get(self.policy, "-")
+        fields = {**FIELDS, "policy.name": self.policy, **self.fields}
+        return {name: value for name, value in fields.items() if not name.startswith(unused)}
+
     def open(self, label: str | None = None) -> RunFiles:
         manifest = {
             "fingerprint": uuid.uuid4().hex,
-            "fingerprint_fields": {**FIELDS, "policy.name": self.policy, **self.fields},
+            "fingerprint_fields": self._fingerprint_fields,
             "schema_version": "2",
             "hardware": self.hardware,
             "config": {
                 "policy": {"name": self.policy, "threshold": self.threshold, "answer_role": self.answer_role},
-                "judge": {"reading": self.reading, "mass_floor": 0.5},
+                "judge": {"reading": self.reading, "mass_floor": self.mass_floor},
             },
         }
         (self.folder / "run.json").write_text(json.dumps(manifest))
