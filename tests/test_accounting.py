@@ -1,6 +1,7 @@
 """The account of a hand-made run: every figure is worked out here, by hand, from the rows below."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -533,7 +534,10 @@ def test_lengths_are_told_apart_by_right_and_wrong(report: RunReport) -> None:
 def test_a_run_that_is_not_verified_has_no_accuracy_and_says_why(output: Path) -> None:
     report = make(output)
     section = report.section("chains")
-    assert values(section)["accuracy"] is None and values(section)["num_unverified"] == 6
+    found = values(section)
+    assert (found["accuracy"], found["num_right"], found["num_wrong"], found["num_unverified"]) == (None, None, None, 6)
+    assert "jobs.verify" in section.figure("num_right").note
+    assert "num_right" not in section.table("ends").frame.columns
     assert "jobs.verify" in section.figure("accuracy").note
     assert set(section.table("lengths").frame["chains"]) == {"all"}
     assert chart(section, "steps").y == ("unverified",)
@@ -603,7 +607,7 @@ def test_a_policy_that_decides_nothing_says_so(tmp_path: Path) -> None:
     write_part(tmp_path / "run" / "one", [chain(key, "closed stop", 2, "0 0 20 5", "0 0")], [alone])
     report = make(tmp_path / "run")
     section = report.section("acceptance")
-    assert "decides nothing" in section.text and values(section)["num_decided"] == 0
+    assert "Nothing was decided" in section.text and values(section)["num_decided"] == 0
     assert not section.tables and not section.charts
     found = values(report.section("wall_clock"))
     assert (found["base_alone_seconds"], found["draft_alone_seconds"], found["neither_seconds"]) == (6.0, 0.0, 2.0)
@@ -616,9 +620,38 @@ def test_a_run_without_telemetry_or_attempts_still_has_its_chains(output: Path) 
     report = make(output)
     found = values(report.section("tokens")) | values(report.section("wall_clock")) | values(report.section("cost"))
     assert found["kept_tokens"] == 285
-    unknown = ("uncommitted_tokens", "prompt_tokens", "attempt_seconds", "rounds_seconds", "tokens_per_second", "money")
+    unknown: tuple[str, ...] = ("redone_after_kill_tokens", "device_hours", "device_seconds_per_chain")
+    unknown += (
+        "uncommitted_tokens",
+        "prompt_tokens",
+        "attempt_seconds",
+        "rounds_seconds",
+        "tokens_per_second",
+        "money",
+    )
     assert {name: found[name] for name in unknown} == dict.fromkeys(unknown)
     assert report.section("tokens").figure("prompt_tokens").note == "the rounds files were removed"
+    assert "kills lost is unknown" in report.section("tokens").figure("generated_tokens").note
+    for name in ("device_hours", "device_seconds_per_chain", "money"):
+        assert report.section("cost").figure(name).note == "no attempt has noted what it ran on"
+
+
+def test_a_run_whose_only_chain_was_given_up_at_once_has_unknown_shares_and_no_other_sections_break(
+    tmp_path: Path,
+) -> None:
+    write_manifest(tmp_path / "run")
+    key = ("f", 0)
+    STEPS_OF[key] = []
+    lost = Reject(prompt_id="f", sample_index=0, file="one.parquet", row=0, reason="too long")
+    write_part(tmp_path / "run" / "one", [chain(key, "error none", 0, "0 0 0 0", "0 0")], [], lost)
+    never_began = ShardProgress(num_chains=9, startup_seconds=4.0)
+    write_attempt(tmp_path / "run" / "one", 1, AttemptState.bad_node, never_began, None)
+    report = make(tmp_path / "run")
+    found = {name: value for section in report.sections for name, value in values(section).items()}
+    assert (found["num_chains"], found["num_given_up"], found["attempt_seconds"]) == (1, 1, 4.0)
+    shares = ("wasted_share", "draft_step_share", "cached_share", "money_per_1000_kept_tokens", "device_hours")
+    assert {name: found[name] for name in shares} == dict.fromkeys(shares)
+    assert not [name for name, value in found.items() if value is not None and not math.isfinite(value)]
 
 
 def test_a_run_at_work_is_accounted_as_of_what_is_committed(output: Path) -> None:

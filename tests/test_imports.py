@@ -47,7 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "pairs": set(),
     "submission": {"types", "config"},
     "prepare": {"types", "seeds", "store", "prepare"},
+    "status": {"types", "store"},
     "export": {"types", "chat", "seeds", "status", "store", "prepare", "export"},
+    "finetune": {"__init__", "types", "chat", "config", "schedules", "signals", "store", "finetune"},
     "progress": {"types", "chain", "rounds", "chat", "engine", "plan", "probe"},
     "engines": {"types", "clock", "config", "devices", "engine", "meter", "progress", "vllm_engine"},
     "shard": {
@@ -88,8 +90,9 @@ READER = {"types", "answers", "seeds", "store", "status", "summary", "show", "ac
 # Who may import what is heavy or belongs to one place only.
 OUTSIDE: dict[str, set[str]] = {
     "vllm": {"vllm_engine", "vllm_speculation"},
-    "torch": {"vllm_speculation"},
-    "transformers": {"chat"},
+    "torch": {"vllm_speculation", "finetune"},
+    "transformers": {"chat", "finetune"},
+    "trl": {"finetune"},
     "tokenizers": {"chat"},
     "hydra": set(),
     "omegaconf": {"config"},

@@ -15,7 +15,7 @@ TEXT = (
     "A decision is a draft that was accepted or rejected. Of a rejected draft its length, its text and its grade are "
     "kept; how it ended is not, so acceptance by end goes by the step that stands in the chain."
 )
-NOTHING = "This policy decides nothing: it neither accepts nor rejects a draft."
+NOTHING = "Nothing was decided in these chains: no draft was accepted or rejected."
 _SCORES = {"expected": (0.5, 9.0), "greedy": (1.0, 10.0), "yes_no": (0.05, 1.0)}  # bin width, end of the scale
 _MASS_BIN = 0.05
 _RATE_BIN = 0.05

@@ -71,10 +71,19 @@ def _counts(outcomes: Outcomes, standing: Standing) -> list[Figure]:
 
 
 def _verdicts(outcomes: Outcomes) -> list[Figure]:
+    note = "" if outcomes.num_verified else outcomes.note_on_correct
+    counts = {
+        outcome: count if outcome in _shown(outcomes) else None for outcome, count in outcomes.num_by_outcome.items()
+    }
     return [
-        Figure(name=f"num_{outcome}", label=outcome, value=count, unit="chains")
-        for outcome, count in outcomes.num_by_outcome.items()
+        Figure(name=f"num_{outcome}", label=outcome, value=count, unit="chains", note=note)
+        for outcome, count in counts.items()
     ]
+
+
+def _shown(outcomes: Outcomes) -> tuple[str, ...]:
+    """Outcomes that can be told: of a run that is not verified nobody knows that none is right."""
+    return OUTCOMES if outcomes.num_verified else (UNVERIFIED,)
 
 
 def _accuracy(outcomes: Outcomes) -> list[Figure]:
@@ -141,7 +150,7 @@ def _over_prompts(name: str, label: str, estimate: Estimate | None, note: str) -
 def _ends(outcomes: Outcomes) -> Table:
     counted = outcomes.frame.group_by("thinking_end", "answer_end").agg(
         pl.len().alias("num_chains"),
-        *((pl.col("outcome") == outcome).sum().alias(f"num_{outcome}") for outcome in OUTCOMES),
+        *((pl.col("outcome") == outcome).sum().alias(f"num_{outcome}") for outcome in _shown(outcomes)),
     )
     return Table(
         name="ends",

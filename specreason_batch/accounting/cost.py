@@ -19,6 +19,8 @@ TEXT = (
     "yours to edit (conf/cost/)."
 )
 _UNKNOWN = "unknown hardware"
+_NOTHING_NOTED = "no attempt has noted what it ran on"
+_NOT_NOTED = "attempts of an older version did not note their hardware"
 _CORES = "CPU cores"
 _JOULES_A_KWH = 3.6e6
 
@@ -94,11 +96,8 @@ def _energy(attempts: list[Attempt]) -> tuple[float, int]:
 
 def _money(uses: list[Use], prices: Prices, joules: float, silent: int) -> tuple[float | None, str]:
     """In all; None, and why, where something has no price."""
-    if not uses:
-        return None, "no attempt has noted what it ran on"
-    unknown = [use.device for use in uses if use.hours is None]
-    if unknown:
-        return None, "attempts of an older version did not note their hardware"
+    if why := _why_unknown(uses):
+        return None, why
     if nameless := [use.device for use in uses if use.price is None]:
         return None, f"no price is given for {', '.join(nameless)}"
     if prices.kwh is not None and silent:
@@ -113,7 +112,7 @@ def _priced(name: str, label: str, value: float | None, prices: Prices, note: st
 
 def _hours(uses: list[Use]) -> list[Figure]:
     gpus, cores = _sums(uses)
-    note = "attempts of an older version did not note their hardware" if any(use.hours is None for use in uses) else ""
+    note = _why_unknown(uses)
     return [
         Figure(name="device_hours", label="GPU-hours", value=gpus, unit="GPU-hours", note=note),
         Figure(
@@ -122,9 +121,16 @@ def _hours(uses: list[Use]) -> list[Figure]:
     ]
 
 
+def _why_unknown(uses: list[Use]) -> str:
+    """Why nobody knows the hours; empty if somebody does."""
+    if not uses:
+        return _NOTHING_NOTED
+    return _NOT_NOTED if any(use.hours is None for use in uses) else ""
+
+
 def _sums(uses: list[Use]) -> tuple[float | None, float | None]:
     """Hours of GPUs and of cores; None where some are unknown."""
-    if not uses or any(use.hours is None for use in uses):
+    if _why_unknown(uses):
         return None, None
     cores = sum(use.hours or 0.0 for use in uses if use.device == _CORES)
     return sum(use.hours or 0.0 for use in uses) - cores, cores
@@ -135,7 +141,11 @@ def _time_per(uses: list[Use], name: str, label: str, count: float | None, about
     seconds, unit = (gpus, "GPU-s") if gpus or gpus is None else (cores, "core-s")
     value = ratio(3600 * seconds if seconds is not None else None, count)
     return Figure(
-        name=f"device_seconds_per_{name}", label=f"device time of {label}", value=value, unit=unit, note=about
+        name=f"device_seconds_per_{name}",
+        label=f"device time of {label}",
+        value=value,
+        unit=unit,
+        note=_why_unknown(uses) or about,
     )
 
 

@@ -32,7 +32,7 @@ class CommittedTokens:
     grade_prompts: int
     cached_prompts: int  # of all requests
     redone: int  # lost in an orderly stop or an engine's death
-    redone_after_kill: int  # lost with a killed process, as far as is known
+    redone_after_kill: int | None  # lost with a killed process, as far as is known; None: no attempt is on record
 
     @classmethod
     def of(cls, run: RunFiles) -> "CommittedTokens":
@@ -46,7 +46,7 @@ class CommittedTokens:
             "redone": "num_redone_tokens",
         }
         sums = run.chains.select(pl.col(column).sum().alias(name) for name, column in names.items())
-        lost = sum(num_lost_tokens(attempts) for attempts in run.attempts_by_shard.values())
+        lost = sum(map(num_lost_tokens, run.attempts_by_shard.values())) if run.attempts else None
         return cls(**sums.collect(engine="streaming").row(0, named=True), redone_after_kill=lost)
 
     @property
@@ -55,7 +55,7 @@ class CommittedTokens:
 
     @property
     def wasted(self) -> int:
-        return self.draft_rejected + self.redone + self.redone_after_kill
+        return self.draft_rejected + self.redone + (self.redone_after_kill or 0)
 
     @property
     def generated(self) -> int:
@@ -99,11 +99,12 @@ def count_phases(run: RunFiles) -> pl.DataFrame | None:
 
 
 def _generated(tokens: CommittedTokens) -> list[Figure]:
-    def figure(name: str, label: str, value: int, note: str = "") -> Figure:
+    def figure(name: str, label: str, value: int | None, note: str = "") -> Figure:
         return Figure(name=name, label=label, value=value, unit="tokens", note=note)
 
+    unknown = None if tokens.redone_after_kill is not None else "what kills lost is unknown: no attempt's file is there"
     return [
-        figure("generated_tokens", "generated", tokens.generated, "kept, rejected and redone"),
+        figure("generated_tokens", "generated", tokens.generated, unknown or "kept, rejected and redone"),
         figure("kept_tokens", "kept", tokens.kept, "draft steps kept, base steps and answers"),
         figure("draft_kept_tokens", "draft steps kept", tokens.draft_kept),
         figure("draft_rejected_tokens", "drafts rejected", tokens.draft_rejected),
@@ -114,14 +115,14 @@ def _generated(tokens: CommittedTokens) -> list[Figure]:
             "redone_after_kill_tokens",
             "redone after kills",
             tokens.redone_after_kill,
-            "lost with a killed process since its last checkpoint, as of its last sign of life",
+            unknown or "lost with a killed process since its last checkpoint, as of its last sign of life",
         ),
         Figure(
             name="wasted_share",
             label="thrown away",
             value=percent(tokens.wasted, tokens.generated),
             unit="%",
-            note="rejected and redone, of generated",
+            note=unknown or "rejected and redone, of generated",
         ),
     ]
 
