@@ -5,7 +5,7 @@
 
 Each stage is a job's command line, printed before it runs. What is finished is not made again: the same command goes on
 where it stopped. Chains are made of prompts/train.parquet and measured on prompts/heldout.parquet, which share no
-prompt. The table that it prints at the end: docs/distillation.md, "The loop".
+prompt. The table at its end: docs/distillation.md, "The loop".
 """
 
 import argparse
@@ -105,6 +105,11 @@ def rate(sums: pl.DataFrame) -> str:
     return _interval(sums, lambda drawn: 100 * drawn[..., 0] / drawn[..., 1], "{:.1f} %")
 
 
+def gains(measured: Sequence[pl.DataFrame]) -> list[str]:
+    """Over the first."""
+    return ["", *(gain(measured[0], other) for other in measured[1:])]
+
+
 def gain(first: pl.DataFrame, other: pl.DataFrame) -> str:
     """In points, paired by prompt."""
     paired = first.join(other, on="prompt_id", suffix="_other")
@@ -131,11 +136,11 @@ def table(out: Path, repeats: int) -> Iterator[str]:
     yield "| | the draft as it was | after SFT | after DPO on top |"
     yield "|---|---|---|---|"
     yield _row("draft alone, right answers", (rate(one.accuracy) for one in alone.values()))
-    yield _row("gain, points", (gain(alone["before"].accuracy, one.accuracy) for one in alone.values()))
+    yield _row("gain, points", gains([one.accuracy for one in alone.values()]))
     yield _row("drafts accepted", (rate(one.acceptance) for one in pair.values()))
-    yield _row("gain, points", (gain(first.acceptance, one.acceptance) for one in pair.values()))
+    yield _row("gain, points", gains([one.acceptance for one in pair.values()]))
     yield _row("the pair, right answers", (rate(one.accuracy) for one in pair.values()))
-    yield _row("gain, points", (gain(first.accuracy, one.accuracy) for one in pair.values()))
+    yield _row("gain, points", gains([one.accuracy for one in pair.values()]))
     yield _row(f"chains/s, median of {repeats}", (middle(one.speeds) for one in pair.values()))
     speed_ups = [[b / a for a, b in zip(first.speeds, one.speeds, strict=True)] for one in pair.values()]
     yield _row("speed-up in the same turn", (middle(found, "x") for found in speed_ups))
