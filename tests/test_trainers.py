@@ -222,10 +222,12 @@ def test_a_classifier_of_steps_learns_from_stepwise_supervision(
     stepped(Trainer(model=step_classifier(), args=args, train_dataset=encoded, data_collator=collate))
 
 
-def test_trls_prm_trainer_takes_it_where_there_is_one(
+def test_trls_prm_trainer_learns_from_stepwise_supervision(
     exported: Callable[..., datasets.Dataset], tmp_path: Path
 ) -> None:
-    prm = pytest.importorskip("trl.experimental.prm", reason="TRL has no PRMTrainer after 1.13")
+    """Up to TRL 1.13, which is why the tested environment has that one."""
+    from trl.experimental import prm
+
     rows = exported(Format.stepwise_supervision)
     args = arguments(prm.PRMConfig, tmp_path, max_length=None)
     trainer = prm.PRMTrainer(model=step_classifier(), args=args, train_dataset=rows, processing_class=tokenizer())
