@@ -164,7 +164,7 @@ def _as_array(values: Any, type: pa.DataType) -> pa.Array:
 
 def measure(folder: Path) -> dict[str, float]:
     """Of a report made in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 

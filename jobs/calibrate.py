@@ -4,11 +4,9 @@ python -m jobs.calibrate experiment=toy output=outputs/calibration.json
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import islice
@@ -29,8 +27,8 @@ from specreason_batch.engines import Engines, started_engines
 from specreason_batch.plan import Plan, make_plan
 from specreason_batch.progress import Progress
 from specreason_batch.signals import StopSignal
+from specreason_batch.store.durable import replace_text
 from specreason_batch.store.manifest import model_identity
-from specreason_batch.store.parts import sync_folder
 from specreason_batch.types import InvalidInput, Prompt, Role
 
 ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
@@ -52,7 +50,7 @@ def run_calibration(config: CalibrateConfig, words: Sequence[str], console: Cons
         with started_engines(generate, frozenset(Role), progress) as engines:
             found = calibrate(engines, stream, lambda what: progress.say(f"measuring: {what}"))
             document = _document(found, engines, generate)
-    _write(output, json.dumps(document, indent=2) + "\n")
+    replace_text(output, json.dumps(document, indent=2) + "\n")
     console.print(_table(found))
     console.print(f"{output}", style="bold", highlight=False, markup=False, soft_wrap=True)
     return found
@@ -102,20 +100,6 @@ def _model(generate: GenerateConfig, role: Role) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "speculative": engine.speculative.method,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _table(found: Mapping[str, Measured]) -> Table:

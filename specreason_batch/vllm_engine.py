@@ -28,6 +28,7 @@ from specreason_batch.vllm_speculation import (
     check_cpu_speculation,
     counts_guesses,
     guesses_of,
+    keep_torch_threads,
     kernels_left_alone,
     repair_cpu_workers,
     speculative_arguments,
@@ -527,6 +528,7 @@ def _set_environment(config: EngineConfig) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if config.in_process else "1"
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a forked process loads no plugin: no engine_child
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_GIB)
+    keep_torch_threads()
     from vllm.envs import disable_envs_cache
 
     disable_envs_cache()

@@ -4,6 +4,7 @@ Owns: `speculative_config`, its statistics, and the repairs, none of which touch
 Does not know: requests, engines' lives (vllm_engine).
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,18 @@ def _constrain_if_any(constrain: Callable[..., Any]) -> Callable[..., Any]:
         return constrain(logits, *args) if logits.shape[0] else logits
 
     return constrain_if_any
+
+
+def keep_torch_threads() -> None:
+    """Have numba, which n-gram speculation uses, work in threads of its own, here and in the engine's processes.
+
+    In OpenMP's it sets the number of torch's threads to that of all cores (numba/numba issue 9387): on a busy machine
+    an engine of one thread became 30 times slower. vLLM never has it use more than one.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from specreason_batch.prepare import ColumnsConfig, PrepareConfig, prepare
 from specreason_batch.prepare.choices import as_lines, read_question
 from specreason_batch.prepare.config import GoldIs
 from specreason_batch.prepare.faults import Kind, RowFault
-from specreason_batch.prepare.output import shard_sizes
 from specreason_batch.prepare.templates import READY, load_template
 from specreason_batch.store.prompts import PromptShard, Reject, list_shards
+from specreason_batch.store.row_files import even_sizes
 from specreason_batch.store.schemas import REJECTS
 from specreason_batch.types import InvalidInput, Prompt
 
@@ -112,7 +112,7 @@ def test_a_template_asks_and_the_bare_problem_is_kept_beside(tmp_path: Path) -> 
 @settings(max_examples=100)
 @given(st.integers(1, 10_000), st.integers(1, 300))
 def test_sizes_of_shards_differ_by_at_most_one(num_rows: int, num_shards: int) -> None:
-    sizes = shard_sizes(num_rows, num_shards)
+    sizes = even_sizes(num_rows, num_shards)
     assert sum(sizes) == num_rows and len(sizes) == num_shards and max(sizes) - min(sizes) <= 1
 
 

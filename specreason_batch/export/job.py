@@ -16,13 +16,14 @@ from specreason_batch.export.evaluation import EvaluationPrompts
 from specreason_batch.export.filters import MEANINGS, Filter
 from specreason_batch.export.formats import row_maker
 from specreason_batch.export.groups import Marks
-from specreason_batch.export.output import CARD, is_exported, write_manifest, write_text
+from specreason_batch.export.output import CARD, is_exported, write_manifest
 from specreason_batch.export.rendering import Target, load_target
 from specreason_batch.export.runs import Run, all_parts, open_runs
 from specreason_batch.export.survey import Survey, decide, licenses
 from specreason_batch.export.telling import Progress, notes_on, tell
 from specreason_batch.export.work import WorkFolder
 from specreason_batch.export.writing import Removals, write_rows
+from specreason_batch.store.durable import write_text
 from specreason_batch.store.manifest import model_identity
 from specreason_batch.types import InvalidInput
 

@@ -8,7 +8,6 @@ dataset/export.json                      made from what, by which choices, how m
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from specreason_batch.export.filters import Filter
-from specreason_batch.prepare.output import RowFile, file_sizes, shard_sizes
-from specreason_batch.store.parts import sync_folder
+from specreason_batch.store.durable import sync_folder, write_text
+from specreason_batch.store.row_files import RowFile, even_sizes, file_sizes
 from specreason_batch.types import InvalidInput
 
 MANIFEST, CARD = "export.json", "README.md"
@@ -38,7 +37,7 @@ class Split:
     def __init__(self, folder: Path, name: str, schema: pa.Schema, num_rows: int, rows_per_file: int):
         self.num_rows, self.num_files = num_rows, -(-num_rows // rows_per_file)
         self._schema = schema
-        sizes = shard_sizes(num_rows, self.num_files) if num_rows else []
+        sizes = even_sizes(num_rows, self.num_files) if num_rows else []
         paths = [folder / "data" / f"{name}-{n:05d}-of-{self.num_files:05d}.parquet" for n in range(self.num_files)]
         num_there = sum(path.is_file() for path in paths)  # the first ones: they are written one after the other
         self.num_to_skip = sum(sizes[:num_there])
@@ -99,14 +98,6 @@ class Aside:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """And flush it to disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_manifest(folder: Path, made_from: dict[str, Any], counts: dict[str, Any]) -> None:

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from specreason_batch.export.output import write_text
 from specreason_batch.store.attempts import LeaseHeld
-from specreason_batch.store.parts import sync_folder
+from specreason_batch.store.durable import sync_folder, write_text
 from specreason_batch.types import InvalidInput
 
 _MADE_FROM, _LOCK = "made_from.json", "lock"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from specreason_batch.store.attempts import LeaseHeld
+from specreason_batch.store.durable import replace_text, sync_folder
 from specreason_batch.store.manifest import flatten, model_identity
-from specreason_batch.store.parts import sync_folder
 from specreason_batch.types import InvalidInput
 
 RECORD, CARD = "finetune.json", "README.md"
@@ -115,12 +115,7 @@ def _is_weights(path: Path) -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all, and on disk."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w") as file:
-        file.write(json.dumps(content, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

@@ -22,14 +22,11 @@ from specreason_batch.prepare.mapping import Mapped, carried_names, check_types,
 from specreason_batch.prepare.output import (
     REJECTS,
     Manifest,
-    RowFile,
     chosen,
     divide,
-    file_sizes,
     is_prepared,
     left_behind,
     num_shards_of,
-    shard_sizes,
     staged,
     write_rejects,
 )
@@ -39,6 +36,7 @@ from specreason_batch.prepare.telling import Progress, Summary, tell
 from specreason_batch.prepare.templates import MULTIPLE_CHOICE, PLAIN, Template, check_fields, load_template
 from specreason_batch.seeds import stable_seed
 from specreason_batch.store.prompts import Reject
+from specreason_batch.store.row_files import RowFile, even_sizes, file_sizes
 from specreason_batch.store.schemas import REJECTS as REJECTS_SCHEMA
 from specreason_batch.types import InvalidInput
 
@@ -98,7 +96,7 @@ def _sizes(num_kept: int, num_held_out: int, config: PrepareConfig) -> list[int]
     left = num_kept - num_held_out
     if left <= 0 or config.holdout >= num_kept:
         raise InvalidInput(f"holdout: {config.holdout:g} leaves nothing of the {num_kept} prompts; allowed: less")
-    return shard_sizes(left, num_shards_of(left, config.num_shards, config.shard_rows))
+    return even_sizes(left, num_shards_of(left, config.num_shards, config.shard_rows))
 
 
 def _reasons(maker: "Maker") -> str:

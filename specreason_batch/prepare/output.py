@@ -23,50 +23,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specreason_batch.store.parts import sync_folder
+from specreason_batch.store.durable import sync_folder, write_text
+from specreason_batch.store.row_files import GROUP_ROWS, RowFile, file_sizes
 from specreason_batch.types import InvalidInput
 
 MANIFEST = "prepare.json"
 HOLDOUT = "holdout/holdout.parquet"
 REJECTS = "rejects/rejects.parquet"
 _SPOOL_COMPRESSION_LEVEL = 1
-_GROUP_ROWS = 1024  # rows held back before they are written
-
-
-class RowFile:
-    """A Parquet file that grows by rows; it exists once there is a row, and is on disk once it is closed."""
-
-    def __init__(self, path: Path, schema: pa.Schema, level: int | None = None):
-        self._path, self._schema, self._level = path, schema, level
-        self._waiting: list[pa.Table] = []
-        self._file: Any = None
-        self._writer: pq.ParquetWriter | None = None
-        self.num_rows = 0
-
-    def add(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        self.num_rows += table.num_rows
-        if sum(waiting.num_rows for waiting in self._waiting) >= _GROUP_ROWS:
-            self._write()
-
-    def close(self) -> None:
-        if self.num_rows and self._waiting:
-            self._write()
-        if self._writer is not None:
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def _write(self) -> None:
-        table = pa.concat_tables(self._waiting)
-        self._waiting = []
-        if self._writer is None:
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = self._path.open("wb")
-            self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd", compression_level=self._level)
-        if table.num_rows:
-            self._writer.write_table(table)
 
 
 # --- the kept rows, divided ---
@@ -86,11 +50,6 @@ def num_shards_of(num_rows: int, num_shards: int | None, shard_rows: int) -> int
     return num_shards or -(-num_rows // shard_rows)
 
 
-def shard_sizes(num_rows: int, num_shards: int) -> list[int]:
-    """Within one of each other."""
-    return [num_rows * (shard + 1) // num_shards - num_rows * shard // num_shards for shard in range(num_shards)]
-
-
 def divide(spool: Path, folder: Path, held_out: set[int], sizes: Sequence[int]) -> None:
     """Write the spool's rows to the holdout and, in their order, to shards of these sizes."""
     source = pq.ParquetFile(spool)
@@ -98,7 +57,7 @@ def divide(spool: Path, folder: Path, held_out: set[int], sizes: Sequence[int]) 
     holdout = RowFile(folder / HOLDOUT, schema)
     shards = _Shards(folder, schema, sizes)
     first = 0
-    for batch in source.iter_batches(_GROUP_ROWS, use_threads=False):
+    for batch in source.iter_batches(GROUP_ROWS, use_threads=False):
         table = pa.Table.from_batches([batch])
         is_held = [row in held_out for row in range(first, first + len(table))]
         first += len(table)
@@ -171,16 +130,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"made_from": self.made_from, "counts": self.counts, "files": self.files}
-        with (folder / MANIFEST).open("w") as file:
-            file.write(json.dumps(content, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Of the Parquet files, by their names from the folder."""
-    found = sorted(path for path in folder.rglob("*.parquet"))
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+        write_text(folder / MANIFEST, json.dumps(content, indent=1))
 
 
 def is_prepared(output: Path, made_from: dict[str, Any]) -> bool:

@@ -27,11 +27,11 @@ from specreason_batch.report.output import (
     replaced,
     write_frame,
     write_frames,
-    write_text,
 )
 from specreason_batch.report.runs import default_output, find_runs, labels
 from specreason_batch.report.side_by_side import HeadlineFigure, lay_out
 from specreason_batch.report.terminal import tell
+from specreason_batch.store.durable import write_text
 
 # What is asked first: how good, how fast, for how much, what the draft's part was; then the amounts behind that.
 HEADLINE = (

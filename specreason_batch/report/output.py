@@ -16,7 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
-from specreason_batch.store.parts import sync_folder
+from specreason_batch.store.durable import sync_folder
 from specreason_batch.types import InvalidInput
 
 PAGE, DOCUMENT, FIGURES = "report.html", "report.json", "figures.parquet"
@@ -81,14 +81,6 @@ def _swap(staged: Path, folder: Path, earlier: Path) -> None:
     sync_folder(folder.parent)
     if earlier.exists():
         shutil.rmtree(earlier)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Flushed to disk."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_frame(path: Path, frame: pl.DataFrame) -> None:

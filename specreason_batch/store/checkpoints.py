@@ -10,7 +10,6 @@ and when it ends is derived by the same code as the first time.
 
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specreason_batch.chain import Chain, Usage
-from specreason_batch.store.parts import ChainKey, Commit, sync_folder, write_table
+from specreason_batch.store.durable import sync_folder, write_text
+from specreason_batch.store.parts import ChainKey, Commit, write_table
 from specreason_batch.store.schemas import ROUNDS, SCHEMA_VERSION
 from specreason_batch.types import AnswerEnd, EndedBy, Grade, Role, Step, WrittenAnswer, WrittenStep
 
@@ -167,7 +167,7 @@ def _write(
     for file, table in zip(_FILES, tables, strict=True):
         write_table(table, folder / file)
     digests = {file: _digest(folder / file) for file in _FILES}
-    _write_text(folder / "about.json", json.dumps(asdict(about(digests))))
+    write_text(folder / "about.json", json.dumps(asdict(about(digests))))
     sync_folder(folder)
 
 
@@ -209,13 +209,6 @@ def _read(folder: Path, fingerprint: str, source: str) -> Checkpoint:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- rows ---

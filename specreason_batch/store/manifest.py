@@ -14,7 +14,7 @@ from typing import Any
 
 from specreason_batch import __version__
 from specreason_batch.config import NOT_IN_FINGERPRINT, GenerateConfig
-from specreason_batch.store.parts import sync_folder
+from specreason_batch.store.durable import sync_folder, write_text
 from specreason_batch.store.schemas import SCHEMA_VERSION
 from specreason_batch.types import InvalidInput, Role
 
@@ -144,10 +144,7 @@ def _create(path: Path, text: str) -> None:
     """Put the file in place unless somebody else has meanwhile; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".run.json.{uuid.uuid4().hex}.tmp"
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(temporary, text)
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from specreason_batch.store.durable import sync_folder
 from specreason_batch.store.prompts import Reject
 from specreason_batch.store.schemas import REJECTS, ROUNDS, SCHEMA_VERSION, STEPS
 from specreason_batch.types import InvalidInput
@@ -66,15 +67,6 @@ def commit_table(table: pa.Table, path: Path, commit: Commit) -> None:
     finally:
         staged.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_part(path: Path, columns: list[str]) -> pa.Table:

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from specreason_batch.store.durable import sync_folder
 from specreason_batch.store.manifest import read_manifest
-from specreason_batch.store.parts import ShardPaths, read_part, sync_folder, write_table
+from specreason_batch.store.parts import ShardPaths, read_part, write_table
 from specreason_batch.store.reading import shard_paths
 from specreason_batch.store.schemas import SCHEMA_VERSION
 from specreason_batch.store.verdicts import VERDICTS
