@@ -372,6 +372,7 @@ def warnings_of(first: Recorded, other: Recorded) -> tuple[str, ...]:
         {},
         {"fields": {"policy.threshold": 5.0}, "threshold": 5.0},  # what is compared
         {"fields": {"seed": 7}},
+        {"fields": {"base.speculative.method": "ngram", "base.speculative.num_speculative_tokens": 3}},
         {"fields": {"judge.reading": "greedy"}, "reading": "greedy"},  # the base alone grades nothing
         {"fields": {"draft.dtype": "float16", "sampling.draft.temperature": 0.0}},  # and drafts nothing
     ],
@@ -469,7 +470,7 @@ def test_prompts_that_only_one_has_are_counted_and_left_out(tmp_path: Path) -> N
     runs = [draft_run(tmp_path, other).open(), base_run(tmp_path, base).open()]
     section, (found,) = compare(runs)
     assert found == (
-        "base_only and specreason: different prompts (2 only in the first, 4 only in the second); "
+        "base_only and specreason: different prompts (2 only in base_only, 4 only in specreason); "
         "differences are over the 2 in both, throughput is over all"
     )
     assert difference(section, "kept_tokens")["num_prompts"] == 2

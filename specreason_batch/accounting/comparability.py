@@ -17,7 +17,7 @@ _MAX_NAMED = 3  # differing fields, in a warning
 
 def warnings(first: RunFiles, other: RunFiles, prompts: "Prompts") -> Iterator[str]:
     """Of one pair; the first is the baseline, `prompts` how theirs meet."""
-    texts = prompts.warnings
+    texts = prompts.warnings(first.label, other.label)
     if prompts.num_common:
         texts += [*_settings(first, other), *_hardware(first, other), *_verification(first, other)]
     for text in texts:
@@ -72,6 +72,8 @@ def _concerns(name: str, shared: set[str], grading: bool) -> bool:
     if name.startswith(_FREE) or (name.startswith("judge.") and not grading):
         return False
     parts = name.split(".")
+    if parts[1:2] == ["speculative"]:  # what is compared, as the policy: it changes seconds, hardly rows
+        return False
     role = parts[1] if parts[0] == "sampling" else parts[0]
     return role in shared or role not in [role.value for role in Role]
 
@@ -135,13 +137,13 @@ class Prompts:
             num_differing=same_id.height - num_common,
         )
 
-    @property
-    def warnings(self) -> list[str]:
+    def warnings(self, first: str, other: str) -> list[str]:
+        """`first`, `other`: the runs' labels."""
         apart = [
             f"{number:,} {where}"
             for number, where in (
-                (self.num_only_first, "only in the first"),
-                (self.num_only_other, "only in the second"),
+                (self.num_only_first, f"only in {first}"),
+                (self.num_only_other, f"only in {other}"),
                 (self.num_differing, "of the same prompt_id but with different texts"),
             )
             if number
