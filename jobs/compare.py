@@ -3,8 +3,8 @@
 python -m jobs.compare experiment=toy limit=50 repeats=3
 
 Words that are no choices of its own are jobs.generate's, for every variant. Each run is the main job in a process of
-its own: two models' engines cannot be taken down cleanly in one, and what is compared is what a user would get. Its
-start-up is told apart. Runs that are finished are not made again.
+its own: two models' engines cannot be taken down cleanly in one, and what is compared is what a user would get. Runs
+that are finished are not made again.
 """
 
 import re
@@ -48,7 +48,6 @@ class Made:
 
     run: VariantRun
     status: int | None  # of its process; None: it was not started, because a run that it refers to failed
-    seconds: float = 0.0  # of its process, start-up included
     summary: Summary | None = None  # None: nothing is committed
 
     @property
@@ -109,10 +108,9 @@ def _made(run: VariantRun, config: CompareConfig, console: Console, received: Re
     """Raises Stopped if a signal came before or meanwhile."""
     _check_stop(received)
     console.rule(f"{run.name} (seed {run.seed})")
-    began = time.monotonic()
     status = run_job(_words(run, config), received)
     _check_stop(received)
-    return Made(run=run, status=status, seconds=time.monotonic() - began, summary=summarise(run.output_dir))
+    return Made(run=run, status=status, summary=summarise(run.output_dir))
 
 
 def _check_stop(received: Received) -> None:
@@ -139,23 +137,13 @@ def speed_table(made: Sequence[Made]) -> Table:
             speeds.setdefault(each.run.variant, []).append(each.summary.chains_per_second)
     medians = {name: statistics.median(found) for name, found in speeds.items()}
     baseline = medians.get(BASELINE)
-    table = Table("variant", "runs", "chains/s", f"over {BASELINE}", "start-up s", title="speed, start-up left out")
+    table = Table("variant", "runs", "chains/s", f"over {BASELINE}", title="speed, start-up left out")
     for name, median in medians.items():
         found = speeds[name]
         spread = f" ({min(found):.2f}-{max(found):.2f})" if len(found) > 1 else ""
         ratio = f"{median / baseline:.2f}x" if baseline else "-"
-        table.add_row(name, f"{len(found)}", f"{median:.2f}{spread}", ratio, _start_up(name, made))
+        table.add_row(name, f"{len(found)}", f"{median:.2f}{spread}", ratio)
     return table
-
-
-def _start_up(variant: str, made: Sequence[Made]) -> str:
-    """Of the runs that were made just now: what their processes took beside the chains."""
-    seconds = [
-        each.seconds - each.summary.seconds
-        for each in made
-        if each.run.variant == variant and each.is_good and each.summary and each.seconds > each.summary.seconds
-    ]
-    return f"{statistics.median(seconds):.0f}" if seconds else "-"
 
 
 def _status(made: Sequence[Made], console: Console) -> int:

@@ -204,11 +204,9 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_variants_are_run_verified_and_reported_and_not_made_again(tmp_path: Path) -> None:
-    given = ["only=[specreason,random,broken]", "limit=6", f"output={tmp_path}", "experiment=toy"]
-    given += ["+variants.broken=[input.path=no/such/prompts]"]
+    given = ["experiment=toy", "only=[specreason,random]", "limit=6", f"output={tmp_path}"]
     done = job(*given)
-    assert done.returncode == ExitStatus.invalid, done.stdout + done.stderr
-    assert "broken: ended with status 2 (invalid)" in done.stdout
+    assert done.returncode == ExitStatus.finished, done.stdout + done.stderr
     summaries = {name: summarise(tmp_path / name) for name in ("specreason", "random")}
     assert {name: found.num_chains for name, found in summaries.items() if found} == {"specreason": 6, "random": 6}
     assert (tmp_path / "report" / "report.json").is_file()
@@ -226,12 +224,12 @@ def test_speed_is_the_median_of_a_variant_s_runs_over_the_baseline(tmp_path: Pat
     runs = runs_of("only=[specreason,base_direct]", "repeats=3", f"output={tmp_path}")
     seconds = {"specreason": [5.0, 10.0, 20.0], "base_direct": [20.0, 20.0, 20.0]}
     made = [
-        Made(run=run, status=0, seconds=30.0, summary=Timed(seconds[run.variant][run.repeat]))  # type: ignore[arg-type]
+        Made(run=run, status=0, summary=Timed(seconds[run.variant][run.repeat]))  # type: ignore[arg-type]
         for run in runs
     ]
     console = quiet()
     console.print(speed_table(made))
     line = next(line for line in shown(console).splitlines() if "specreason" in line)
     assert [part.strip() for part in line.strip("│ ").split("│")] == [
-        *("specreason", "3", "10.00 (5.00-20.00)", "2.00x", "20")
+        *("specreason", "3", "10.00 (5.00-20.00)", "2.00x")
     ]
