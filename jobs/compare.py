@@ -70,7 +70,7 @@ def compare(config: CompareConfig, console: Console, command: str = "", run_job:
     if good:
         if config.verify:
             verify_until_stopped(VerifyConfig(run=[str(path) for path in good]), console)
-        choices = ReportConfig(runs=[str(path) for path in good], output=str(output / "report"))
+        choices = ReportConfig(runs=[str(path) for path in good], output=str(output / "report"), cost=config.cost)
         report(choices, console, command)
     console.print(speed_table(made))
     console.print(f"{len(good)} of {len(made)} runs, with verdicts and the report, in {time.monotonic() - began:.0f} s")

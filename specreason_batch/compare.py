@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from specreason_batch.accounting.prices import Prices
 from specreason_batch.types import InvalidInput
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -26,6 +27,7 @@ class CompareConfig:
     seed: int = 0  # of the first repeat
     only: list[str] | None = None  # some of the variants; None: all
     verify: bool = True
+    cost: Prices = field(default_factory=Prices)  # for the report
     variants: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides of jobs.generate
 
     def __post_init__(self) -> None:
