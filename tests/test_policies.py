@@ -139,6 +139,10 @@ def test_the_base_in_one_generation_writes_the_steps_of_base_only(world: World) 
     """Where one model's text depends on nothing but what stands before it."""
     world = replace(world, seeded=False)
     stepwise = run_world(world)
+    if any(step.written.ended_by is EndedBy.special for step in _steps(stepwise)):
+        # What a special token drops counts as generated, and one generation drops more than a step.
+        world = replace(world, limits=replace(world.limits, generated_tokens=None))
+        stepwise = run_world(world)
     direct = run_world(replace(world, policy="base_direct"), wrap=autoregressive(world))
     written, expected = kept_rows(direct), kept_rows(stepwise)
     for key, (_, steps) in written.items():
