@@ -42,7 +42,8 @@ class Place:
     def write_shards(self, number: int) -> None:
         for shard in range(number):
             names = [f"s{shard}p{row}" for row in range(PROMPTS_PER_SHARD)]
-            write_prompts(self.folder / "prompts" / f"s{shard}.parquet", PROMPTS_PER_SHARD, prompt_id=names)
+            columns = {"prompt_id": names, "gold_answer": ["6"] * PROMPTS_PER_SHARD}
+            write_prompts(self.folder / "prompts" / f"s{shard}.parquet", PROMPTS_PER_SHARD, **columns)
 
     def words(self) -> list[str]:
         """What a user of the scripted job types after the job's name."""

@@ -154,7 +154,7 @@ def test_a_run_ends_as_a_verified_reported_exported_data_set(place: Place) -> No
     steps = [
         f"python -m jobs.verify run={place.output} num_workers=1",
         f"python -m jobs.report runs={place.output}",
-        f"python -m jobs.export runs=[{place.output}] output={place.folder}/dataset format=sft_messages",
+        f"python -m jobs.export runs=[{place.output}] output={place.folder}/dataset format=raw",
     ]
     place.submit(f"after={steps}".replace("'", '"'))
     place.cluster.wait_until(place.plans[-1].jobs["after-2"], "COMPLETED", seconds=300)
@@ -162,8 +162,11 @@ def test_a_run_ends_as_a_verified_reported_exported_data_set(place: Place) -> No
     assert verdicts is not None
     assert set(verdicts.select("prompt_id", "sample_index").collect().rows()) == set(place.expected(2))
     assert (place.output / "report" / "report.html").exists()
+    chains = scan(place.output, "chains")
+    assert chains is not None
+    good = chains.filter(thinking_end="closed", answer_end="stop").select("prompt_id").collect()
     rows = pl.read_parquet(place.folder / "dataset" / "data" / "*.parquet")
-    assert rows.height == len(place.expected(2))
+    assert sorted(rows["prompt_id"]) == sorted(good["prompt_id"]) and rows.height
 
 
 def test_a_task_on_a_bad_node_is_requeued_on_another(place: Place) -> None:
